@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class RunningServer:
 
 @contextmanager
 def serving(
-    workload: Workload, store: Path | None = None, max_sequences: int = 64
+    workload: Workload, store: Path | None = None, max_sequences: int = 64, **settings: object
 ) -> Iterator[RunningServer]:
     """Runs ``manyhats serve`` on free ports, with a new store unless one is given; stops it at the end.
 
@@ -50,6 +50,7 @@ def serving(
         workload: model and adapters.
         store: its directory.
         max_sequences: that run at once.
+        settings: others of the server.
 
     Raises:
         ServerFailedError: it did not become ready.
@@ -59,7 +60,12 @@ def serving(
         with log_path.open("wb") as log:
             started = time.perf_counter()
             process = subprocess.Popen(
-                _command(workload, Path(directory), store or Path(directory) / "store", max_sequences),
+                _command(
+                    workload,
+                    Path(directory),
+                    store or Path(directory) / "store",
+                    {"max_sequences": max_sequences, **settings},
+                ),
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
@@ -74,7 +80,7 @@ def serving(
                 _stop(process)
 
 
-def _command(workload: Workload, directory: Path, store: Path, max_sequences: int) -> list[str]:
+def _command(workload: Workload, directory: Path, store: Path, others: Mapping[str, object]) -> list[str]:
     settings = directory / "server.yaml"
     roots = sorted({str(path.parent) for path in workload.adapters.values()})
     settings.write_text(
@@ -86,7 +92,7 @@ def _command(workload: Workload, directory: Path, store: Path, max_sequences: in
                 "grpc_port": 0,
                 "http_port": 0,
                 "num_threads": workload.settings.threads,
-                "max_sequences": max_sequences,
+                **others,
                 "log_format": "json",
                 "log_level": "warning",
             }

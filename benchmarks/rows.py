@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.row import Floor, Pick, Row, at_least, at_most
+from benchmarks.tier_rows import tier_rows
 from benchmarks.workload import (
     BASE_CASES,
     HELD_COUNTS,
@@ -281,6 +282,7 @@ ROWS: tuple[Row, ...] = (
     *_SERVER_ROWS,
     *_store_rows(),
     *_encoder_rows(),
+    *tier_rows(),
 )
 """In the table's order."""
 

@@ -35,6 +35,8 @@ from benchmarks.rows import (
     registration_name,
 )
 from benchmarks.service import ClientSession, Service
+from benchmarks.tier_rows import BESIDE_CASE, COLD_CASE, STARTS_CASE, zipf_name
+from benchmarks.tiers import TiersSession, fill_with_copies
 from benchmarks.worker import Worker
 from benchmarks.workload import (
     BASE_CASES,
@@ -150,7 +152,7 @@ def make_workload(model: str, settings: Settings, directory: Path, adapters: Col
 
 def _adapters(subjects: Sequence[str]) -> set[Adapter]:
     cases = {*_cases(subjects), *([LORA_CASES[-1]] if "memory" in subjects else [])}
-    stored = (*REGISTERED, SHARED) if "store" in subjects else ()
+    stored = (*REGISTERED, SHARED) if "store" in subjects else (SHARED,) if "tiers" in subjects else ()
     return {*stored, *(adapter for case in cases for adapter in case.adapters)}
 
 
@@ -161,6 +163,8 @@ def measure(workload: Workload, subjects: Sequence[str]) -> Iterator[Sample]:
         yield from _starts(workload)
     if "store" in subjects:
         yield from _store(workload)
+    if "tiers" in subjects:
+        yield from _tiers(workload)
     names = {name for subject in subjects for name in _SYSTEMS.get(subject, ())}
     with ExitStack() as stack:
         # All of them load at once; nothing is measured before they are done.
@@ -248,6 +252,28 @@ def _store(workload: Workload) -> Iterator[Sample]:
         for each in BASE_CASES:
             run = partial(measure_registrations, streams, registering, each, settings)
             yield _sample("server", "", registration_name(each), 0, run)
+
+
+def _tiers(workload: Workload) -> Iterator[Sample]:
+    """Many tasks on a server in whose memory few of them fit; a new one each round, since all are cold at its start."""
+    settings, many = workload.settings, workload.scratch / "many-loras"
+    adapter = workload.adapters[SHARED]
+    with serving(workload, many) as server, Worker(TiersSession, workload, server.grpc) as session:
+        session.call("register", adapter)
+    fill_with_copies(many, settings.num_loras)
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    limits = {"adapter_memory_bytes": settings.in_memory * size, "max_adapters": settings.in_slots}
+    for index in range(settings.rounds):
+        yield from _quiet_check(settings, index)
+        with ExitStack() as stack:
+            server = stack.enter_context(serving(workload, many, **limits))
+            session = stack.enter_context(Worker(TiersSession, workload, server.grpc))
+            yield _sample("server", "", COLD_CASE, index, partial(session.call, "all_at_once"))
+            yield _sample("server", "", STARTS_CASE, index, partial(session.call, "one_by_one"))
+            for rank, num_tasks in ((1, 1), (500, settings.num_loras)):
+                run = partial(session.call, "by_popularity", num_tasks)
+                yield _sample("server", "", zipf_name(rank), index, run)
+            yield _sample("server", "", BESIDE_CASE, index, partial(session.call, "beside_streams"))
 
 
 def _rounds(settings: Settings, systems: Sequence[System], cases: Sequence[Case]) -> Iterator[Sample]:

@@ -78,7 +78,7 @@ HELD_COUNTS = (1, 100)
 REGISTERED = tuple(Adapter("lora", index) for index in range(20))
 """What is registered beside running streams."""
 SHARED = Adapter("lora", len(REGISTERED))
-"""What very many tasks are all made of."""
+"""What very many tasks are all made of; of those that do not fit in memory, its copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +101,12 @@ class Settings:
         lookups: of one of them, timed.
         registrations: beside running streams; half of them uploads.
         undisturbed_s: how long those streams decode before.
+        num_loras: tasks of which each has a LoRA of its own.
+        in_memory, in_slots: how many of them fit there.
+        cold_at_once: of these, asked at the same moment.
+        zipf_callers, zipf_requests: callers at a time, and their requests in total, of tasks by Zipf's law.
+        beside_requests: one a second beside streams.
+        cold_starts: timed, for each place where an adapter may be.
     """
 
     threads: int
@@ -119,6 +125,14 @@ class Settings:
     lookups: int = 200
     registrations: int = len(REGISTERED)
     undisturbed_s: float = 5.0
+    num_loras: int = 500
+    in_memory: int = 100
+    in_slots: int = 32
+    cold_at_once: int = 300
+    zipf_callers: int = 32
+    zipf_requests: int = 480
+    beside_requests: int = 10
+    cold_starts: int = 20
 
 
 def quick_settings(threads: int) -> Settings:
@@ -138,6 +152,14 @@ def quick_settings(threads: int) -> Settings:
         lookups=20,
         registrations=4,
         undisturbed_s=0.5,
+        num_loras=24,
+        in_memory=16,
+        in_slots=10,
+        cold_at_once=16,
+        zipf_callers=4,
+        zipf_requests=24,
+        beside_requests=1,
+        cold_starts=2,
     )
 
 

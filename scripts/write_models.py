@@ -131,6 +131,8 @@ def _heads(bases: Mapping[str, BaseDescription]) -> str:
 def _head(kind: TaskKind, base: BaseDescription) -> str:
     """The layers of a family's head; the last one may have several names."""
     choices = alternatives(kind, base)
+    if not choices:
+        return "–"
     last = " or ".join(_layer(parts[-1]) for parts in choices)
     return ", then ".join([*map(_layer, choices[0][:-1]), last])
 

@@ -118,6 +118,11 @@ def test_every_floor_of_the_project_has_its_row() -> None:
         ("store", "at most", 2.0),
         ("encoders", "at least", 1.0),
         ("encoders", "at least", 4.0),
+        ("tiers", "at least", 0.7),
+        ("tiers", "at least", 300),
+        ("tiers", "at most", 1.2),
+        ("tiers", "at most", 10),
+        ("tiers", "at most", 60),
     }
 
 

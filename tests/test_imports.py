@@ -47,8 +47,8 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors heads reserved_labels artifact finish_rate limits sites activations disk taskid registration primitives
-        equations method probe formats methods sources lowering store
+        errors heads reserved_labels artifact finish_rate limits sites tags activations disk taskid registration
+        primitives equations method probe formats methods sources lowering store
     """,
     "engine": """
         errors home output progress constraint request threads model text scheduling backends checkpoints config
@@ -56,6 +56,7 @@ FLOORS = {
     """,
     "server": "observability access service grpc http lifetime",
     "trainer": "errors files settings data methods model memory report run registration train",
+    "cli": "terminal options tasks adapters training info model token bench serve main __main__",
 }
 # What a room of the server must not know: what a call comes through is for the two transports alone.
 FORBIDDEN_IN_SERVER = {

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner, Result
 
-from manyhats.cli.address import Listener, check_address, what_listens
-from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app
+from manyhats.cli.options.address import Listener, check_address, what_listens
+from manyhats.cli.terminal.failures import UsageError
 from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.service.gate import Gate

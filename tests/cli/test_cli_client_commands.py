@@ -292,6 +292,16 @@ def test_activate(fake: FakeServer) -> None:
     assert succeed_json(fake, "adapters", "activate", "sql@2")["version"] == 2
 
 
+def test_pin_and_unpin(fake: FakeServer) -> None:
+    assert succeed(fake, "adapters", "pin", "sql") == "pinned: sql@2, the active version of sql\n"
+    assert succeed(fake, "adapters", "pin", "sql@2") == "pinned: sql@2\n"
+    assert fake.last_request.task_id == "sql@2"
+    assert succeed(fake, "adapters", "unpin", "sql") == "unpinned: sql\n"
+    still = succeed(fake, "adapters", "unpin", "sql@2")
+    assert still == "sql@2 is still pinned as the active version: unpin sql\n"
+    assert succeed_json(fake, "adapters", "pin", "sql")["pinned"] is True
+
+
 def test_list(fake: FakeServer) -> None:
     lines = succeed(fake, "adapters", "list").splitlines()
     assert lines[0].split("\t")[0] == "task"

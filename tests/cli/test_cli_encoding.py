@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from manyhats.cli.main import app
-from manyhats.cli.texts import batches
+from manyhats.cli.tasks.texts import batches
 from manyhats.v1 import adapter_pb2, encoding_pb2
 from support.fakes.client import FakeServer
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from manyhats.cli.adapter_files import layer_ranges
+from manyhats.cli.adapters.files import layer_ranges
 from manyhats.cli.main import app
 from support.factories.adapterhub import make_adapterhub
 from support.factories.adapters import make_base, make_lora

@@ -125,3 +125,27 @@ def test_interrupt_while_kernels_are_compiled(tmp_path: Path) -> None:
     with begun(tmp_path, [*SERVE, "--model", "tiny"], "compile") as process:
         process.send_signal(signal.SIGINT)
         assert_interrupted(process)
+
+
+# Raises the interrupt where Python swallows it.
+IN_A_FINALIZER = """
+import os, signal, time
+from manyhats.cli.terminal.interrupts import prompt_interrupts
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with prompt_interrupts():
+    Finalized()
+    time.sleep(60)
+"""
+
+
+def test_interrupt_where_python_swallows_it() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

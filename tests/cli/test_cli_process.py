@@ -29,7 +29,7 @@ INTERRUPTIBLE = [
 ]
 
 PROGRESS = """
-from manyhats.cli.progress import shown_progress
+from manyhats.cli.terminal.progress import shown_progress
 with shown_progress() as report:
     report("quantize", 1, 2)
     report("quantize", 2, 2)

@@ -12,9 +12,9 @@ import structlog
 from typer.testing import CliRunner, Result
 
 from manyhats.adapters.store.opening import open_store
-from manyhats.cli.adapter_batch import Item, parse_items
-from manyhats.cli.failures import UsageError
+from manyhats.cli.adapters.batch import Item, parse_items
 from manyhats.cli.main import app
+from manyhats.cli.terminal.failures import UsageError
 from support.factories.adapters import make_base, make_lora
 from support.fakes.client import FakeServer
 from support.fakes.server import running_server

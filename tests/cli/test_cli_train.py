@@ -18,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from manyhats.cli.main import app
-from manyhats.cli.setting_options import read_entries
+from manyhats.cli.options.settings import read_entries
 from manyhats.trainer.settings import methods
 from manyhats.trainer.settings import settings as trainer_settings
 from manyhats.trainer.settings.settings import SETTINGS
@@ -66,8 +66,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def take(settings: Any, registrar: Any, resume: bool, as_json: bool) -> None:
         given.append((settings, registrar, resume, as_json))
 
-    monkeypatch.setattr("manyhats.cli.train_runs.train_one", take)
-    monkeypatch.setattr("manyhats.cli.train_runs.train_all", take)
+    monkeypatch.setattr("manyhats.cli.training.runs.train_one", take)
+    monkeypatch.setattr("manyhats.cli.training.runs.train_all", take)
     return given
 
 
@@ -97,7 +97,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
         "out": "tasks/T",
         "pooling": "auto, the base's own",
         "init_from": "fresh values",
-        "quantization": "nf4; none for lora",
+        "quantization": "auto; none for lora, nf4 for qlora",
         "max_length": "the base's own",
         "max_train_rows": "all",
         "max_eval_rows": "all",
@@ -437,7 +437,9 @@ SERVER = ["--register", "127.0.0.1:1"]
 def test_what_needs_no_base_is_refused_before_one_is_loaded(
     in_directory: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int, message: str
 ) -> None:
-    monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "manyhats.cli.training.runs.load_model", lambda *args, **kwargs: pytest.fail("loaded")
+    )
     (in_directory / "mine").mkdir()
     (in_directory / "mine" / "notes.txt").write_text("keep")
     for name, row in FIRST_ROWS.items():
@@ -479,8 +481,13 @@ def test_a_head_is_registered_with_the_names_of_its_classes(fake: FakeServer, in
 def test_a_small_base_in_four_bits_is_said_to_differ_from_what_is_served(in_directory: Path) -> None:
     (in_directory / "texts.jsonl").write_text('{"query": "x", "positive": "y"}\n' * 4)
     asked = ["--head", "embedding", "--data", "texts.jsonl"]
-    assert "note: the base is in NF4" in small("qlora", *asked).stderr
-    assert "note: the base is in NF4" not in small("lora", *asked).stderr
+    said = small("qlora", *asked).stderr
+    assert "note: the base is in NF4, but a server keeps this one dense unless told otherwise" in said
+    assert "serve it with --quantization nf4, or train with --quantization none" in said
+    for method in ("lora", "ia3"):
+        result = small(method, *asked)
+        assert "note: the base" not in result.stderr
+        assert "in nf4" not in result.stderr + result.stdout
 
 
 @pytest.mark.parametrize(
@@ -565,8 +572,8 @@ def test_one_of_several_tasks_that_fails_is_reported_and_the_others_are_there(in
     assert "error: three: none.jsonl: " in result.stderr
     assert result.stderr.splitlines()[-1] == "error: 1 of 3 tasks failed: three"
     assert [line for line in result.stdout.splitlines() if line.startswith("task: ")] == [
-        f"task: one (lora, on {tiny_model()} in nf4)",
-        f"task: two (prompt tuning, on {tiny_model()} in nf4)",
+        f"task: one (lora, on {tiny_model()})",
+        f"task: two (prompt tuning, on {tiny_model()})",
     ]
 
 

@@ -17,14 +17,15 @@ from typer.testing import CliRunner, Result
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.lowering.lowering import ADAPTERHUB_METHODS, METHODS
-from manyhats.cli import adapter_register, model
-from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError
+from manyhats.cli import model
+from manyhats.cli.adapters import register as adapter_register
 from manyhats.cli.main import app
-from manyhats.cli.options import DEFAULT_SERVER
-from manyhats.cli.output import human_bytes, human_count
-from manyhats.cli.progress import amount
-from manyhats.cli.setting_options import read_entries
+from manyhats.cli.options.common import DEFAULT_SERVER
+from manyhats.cli.options.settings import read_entries
+from manyhats.cli.terminal.extras import needs_extra
+from manyhats.cli.terminal.failures import CommandError
+from manyhats.cli.terminal.output import human_bytes, human_count
+from manyhats.cli.terminal.progress import amount
 from manyhats.client import DEFAULT_TARGET
 from manyhats.server.lifetime.config import SETTINGS
 from manyhats.settings.declaration import values_of

@@ -32,6 +32,8 @@ async def test_every_unary_call(fake: FakeServer) -> None:
         assert (await client.register_adapter("sql", "/adapters/sql")).adapter.name == "sql@3"
         assert (await client.register_adapter("sql", parts=[("/a", 2.0)])).created
         assert (await client.activate_adapter("sql@1")).name == "sql@1"
+        assert (await client.pin_adapter("sql@2")).pinned
+        assert not (await client.unpin_adapter("sql")).pinned
         assert (await client.get_adapter("sql")).name == "sql@2"
         assert [info.name for info in await client.delete_adapter("sql")] == ["sql@1", "sql@2"]
         assert (await client.server_info()).device == "cpu"

@@ -133,6 +133,14 @@ def test_activate_adapter(fake: FakeServer) -> None:
     assert fake.last_request.task_id == "sql@2"
 
 
+def test_pin_and_unpin_adapter(fake: FakeServer) -> None:
+    with Client(fake.target) as client:
+        assert client.pin_adapter("sql").pinned
+        assert fake.last_request.task_id == "sql"
+        assert not client.unpin_adapter("sql").pinned
+        assert not client.get_adapter("sql").pinned
+
+
 def test_get_adapter(fake: FakeServer) -> None:
     with Client(fake.target) as client:
         info = client.get_adapter("sql@2")

@@ -33,7 +33,8 @@ class _Weights:
     """Weights of the base, for the methods that need them."""
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        d_in, d_out = make_base().linears[site.name]
+        base = make_base()
+        d_in, d_out = base.linears.get(site.name, (base.embedding_size, base.vocab_size))
         return torch.linspace(-1, 1, d_out * d_in).reshape(d_out, d_in), None
 
     def pooler_norm(self) -> tuple[Tensor, Tensor | None]:

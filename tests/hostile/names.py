@@ -81,6 +81,7 @@ CASES = [
     *(_case("get", name, lambda text: pb.GetAdapterRequest(task_id=text)) for name in [*_TAKEN, "empty"]),
     *(_case("delete", name, lambda text: pb.DeleteAdapterRequest(task_id=text)) for name in _TAKEN),
     *(_case("activate", name, lambda text: pb.ActivateAdapterRequest(task_id=text)) for name in _TAKEN),
+    *(_case("pin", name, lambda text: pb.PinAdapterRequest(task_id=text)) for name in _TAKEN),
     *(_case("generate for", name, _generate) for name in _TAKEN),
     *(
         _case("list", name, lambda text: pb.ListAdaptersRequest(task_id=text))

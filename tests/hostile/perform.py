@@ -33,6 +33,8 @@ def perform(store: AdapterStore, call: Call, *, gate: GateState, in_use: bool) -
                 store.list(task_id=call.task_id, page_size=call.page_size, page_token=call.page_token)
             case pb.ActivateAdapterRequest():
                 store.activate(call.task_id)
+            case pb.PinAdapterRequest():
+                store.set_pin(call.task_id, is_pinned=True)
             case pb.DeleteAdapterRequest():
                 store.delete(call.task_id, in_use=lambda record: in_use, force=call.force)
             case generation_pb2.GenerateRequest():

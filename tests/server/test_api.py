@@ -22,7 +22,8 @@ FILES: tuple[FileDescriptor, ...] = (
 SERVICES = {
     "GenerationService": "Generate GenerateStream Score Tokenize",
     "EncodingService": "Embed Classify ClassifyTokens Rerank",
-    "AdapterService": "RegisterAdapter UploadAdapter GetAdapter ListAdapters ActivateAdapter DeleteAdapter",
+    "AdapterService": "RegisterAdapter UploadAdapter GetAdapter ListAdapters ActivateAdapter PinAdapter UnpinAdapter"
+    " DeleteAdapter",
     "ServerService": "GetServerInfo",
 }
 FIELDS = {
@@ -63,7 +64,7 @@ FIELDS = {
     "RankedText": "index score text",
     "RerankResponse": "request_id results usage adapter",
     "Adapter": "task_id version digest method state state_reason size_bytes num_parameters source create_time"
-    " base_model labels effect residency parts kind class_labels pooling",
+    " base_model labels effect residency parts kind class_labels pooling pinned",
     "ArtifactPart": "digest weight source",
     "RegisterAdapterRequest": "task_id uri validate_only activate expected_digest request_id labels parts",
     "AdapterPart": "uri weight",
@@ -73,6 +74,8 @@ FIELDS = {
     "FileChunk": "file_index offset data",
     "GetAdapterRequest": "task_id",
     "ActivateAdapterRequest": "task_id",
+    "PinAdapterRequest": "task_id",
+    "UnpinAdapterRequest": "task_id",
     "DeleteAdapterRequest": "task_id force",
     "ListAdaptersRequest": "task_id page_size page_token",
     "ListAdaptersResponse": "adapters next_page_token",

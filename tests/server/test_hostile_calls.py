@@ -50,6 +50,8 @@ def send(server: Running, call: Call) -> Awaitable[Any]:
             return server.adapters.ListAdapters(call)
         case pb.ActivateAdapterRequest():
             return server.adapters.ActivateAdapter(call)
+        case pb.PinAdapterRequest():
+            return server.adapters.PinAdapter(call)
         case pb.DeleteAdapterRequest():
             return server.adapters.DeleteAdapter(call)
         case generation_pb2.GenerateRequest():
@@ -71,7 +73,7 @@ async def test_hostile_call_has_its_status_and_leaves_no_trace(
     own, server = world.of_case(f"case-{number}"), servers[case.gate]
     call = case.call(own)
     before = own.state()
-    server.engine.pinned = {record.name for record in own.store.list().records if case.in_use}
+    server.engine.used = {record.name for record in own.store.list().records if case.in_use}
     with case.during(own):
         refusal = await refused(send(server, call))
     assert (refusal.code, refusal.reason) == STATUS[case.error]

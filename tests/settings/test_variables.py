@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from manyhats.cli.failures import UsageError
-from manyhats.cli.setting_options import refuse_unknown_variables
+from manyhats.cli.options.settings import refuse_unknown_variables
+from manyhats.cli.terminal.failures import UsageError
 from manyhats.server.lifetime.config import SETTINGS as SERVE
 from manyhats.settings.reading import read_variables
 from manyhats.trainer.settings.settings import SETTINGS as TRAIN

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manyhats.cli.main import app
-from manyhats.cli.setting_options import Given
+from manyhats.cli.options.settings import Given
 from manyhats.server.lifetime.config import SETTINGS as SERVE
 from manyhats.server.lifetime.config_file import make_config, read_file
 from manyhats.settings.declaration import Setting, values_of

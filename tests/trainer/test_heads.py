@@ -69,8 +69,30 @@ def test_every_method_learns_what_is_trivial(family: str, method: str, head: str
     assert report.artifact.library == ("adapter-transformers" if method == "bottleneck" else "peft")
 
 
+@pytest.mark.parametrize("family", ["albert", "modernbert mean"])
+@pytest.mark.parametrize("method", ["ia3", "bottleneck", "prompt"])
+def test_encoders_learn_through_shared_layers_and_windows(family: str, method: str, tmp_path: Path) -> None:
+    rows = TRIVIAL["classification"]
+    settings = head_settings(
+        tmp_path,
+        "classification",
+        METHODS[method],
+        rows=8 * rows,
+        eval_rows=rows,
+        epochs=30,
+        learning_rate=RATES[method],
+    )
+    if (family, method) == ("modernbert mean", "bottleneck"):
+        with pytest.raises(
+            BaseError, match="AdapterHub does not define where its bottlenecks lie on modernbert"
+        ):
+            train(settings, head_base(family).model)
+        return
+    assert after(train(settings, head_base(family).model))["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "llama"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "modernbert", "llama"])
 def test_what_is_reported_is_what_is_served(family: str, head: str, tmp_path: Path) -> None:
     """Too few steps to get all right, so that the counts say something."""
     base = head_base(family)
@@ -194,6 +216,17 @@ def test_a_text_in_four_bits(tmp_path: Path) -> None:
     report = train(settings, head_base("bert", "nf4").model)
     assert report.steps[-1].loss < 0.1
     assert report.evaluation is None
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_base_is_recorded_as_it_was(quantization: str, tmp_path: Path) -> None:
+    """Settings that leave it to the base say in the report what it was."""
+    settings = head_settings(tmp_path, "classification", max_steps=1)
+    settings = replace(settings, model=replace(settings.model, quantization="auto"))
+    report = train(settings, head_base("bert", quantization).model)
+    assert report.settings.model.quantization == quantization
+    content = json.loads((tmp_path / "out/training/report.json").read_bytes())
+    assert content["settings"]["model.quantization"] == quantization
 
 
 def test_vectors_may_be_pooled_otherwise(tmp_path: Path) -> None:
@@ -329,13 +362,8 @@ def test_conditions_on_f1_are_checked(tmp_path: Path) -> None:
         ("bert", "none", "lora", "bert is an encoder, which continues no text: set `head`"),
         ("opt", "tokens", "lora", "no opt model with a head for classes of tokens"),
         ("distilbert", "classification", "prefix", "no prefix tuning on distilbert"),
-        (
-            "electra",
-            "tokens",
-            "prompt",
-            "no virtual embeddings on this electra, whose embedding has 32 values",
-        ),
-        ("electra", "embedding", "ptuning", "no virtual embeddings on this electra"),
+        ("albert", "embedding", "prefix", "no prefix tuning on albert, whose models take no keys"),
+        ("modernbert", "tokens", "prefix", "no prefix tuning on modernbert"),
         ("camembert", "classification", "bottleneck", "camembert"),
         ("llama", "tokens", "bottleneck", "served on encoders, and llama is none"),
     ],
@@ -358,9 +386,22 @@ def test_a_base_without_a_pooler_has_no_head_of_bert_s(tmp_path: Path) -> None:
     checkpoint = make_encoder(tmp_path / "model", auto="AutoModelForMaskedLM")
     model = load_tiny(checkpoint)
     assert not model.description.has_pooler
-    with pytest.raises(BaseError, match="a head of bert reads the base's pooler, and this base has none"):
+    with pytest.raises(
+        BaseError, match=r"a head of bert reads the base's bert\.pooler\.dense, and this base has none"
+    ):
         train(head_settings(tmp_path, "classification"), model)
     assert after(train(head_settings(tmp_path, "tokens"), model))["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("head", ["classification", "tokens"])
+def test_modernbert_s_heads_need_what_is_in_front_of_them(head: str, tmp_path: Path) -> None:
+    model = load_tiny(make_encoder(tmp_path / "model", "modernbert"))
+    assert not model.description.has_pooler
+    with pytest.raises(
+        BaseError, match=r"a head of modernbert reads the base's head\.dense, and this base has none"
+    ):
+        train(head_settings(tmp_path, head), model)
+    assert after(train(head_settings(tmp_path, "embedding"), model)).keys() == {"accuracy", "mrr"}
 
 
 def test_modules_of_heads_are_trained_as_a_whole(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.training import rows
-from benchmarks.training_cases import CASES, TrainingWorkload, tokens_per_s
+from benchmarks.training.__main__ import rows
+from benchmarks.training.cases import CASES, TrainingWorkload, tokens_per_s
 
 from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import make_checkpoint
@@ -82,7 +82,7 @@ def test_heads_are_compared_with_peft_s_on_the_same_rows(tmp_path: Path) -> None
         [
             sys.executable,
             "-m",
-            "benchmarks.training_heads",
+            "benchmarks.training.heads",
             "--model",
             str(checkpoint),
             "--wordnet",

@@ -81,6 +81,7 @@ class AdapterRecord:
         kind: what its task does with a text.
         num_classes: the outputs of its head; 0 if it has none.
         pooling: what its head reads of a text; None if it has none.
+        is_pinned: whether it stays in the memory of servers.
         text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if they mean what the base's do.
     """
 
@@ -103,6 +104,7 @@ class AdapterRecord:
     kind: TaskKind = TaskKind.GENERATE
     num_classes: int = 0
     pooling: Pooling | None = None
+    is_pinned: bool = False
     text: str = ""
 
     @property

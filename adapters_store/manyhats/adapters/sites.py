@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,7 +62,7 @@ class WeightSource(Protocol):
     """Reads the base's own weights, for methods whose constants depend on them."""
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Weight [d_out, d_in], dequantized, and bias [d_out] or None, float32."""
+        """Weight [d_out, d_in], dequantized, and bias [d_out] or None, float32; of the embedding [V, E]."""
         ...
 
     def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
@@ -189,6 +189,11 @@ class BaseDescription:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
         object.__setattr__(self, "read_size", self.read_size or self.embedding_size)
 
+    def for_reading(self) -> BaseDescription:
+        """The same for a task that reads a text, whose models have no output head."""
+        modules = {path: parts for path, parts in self.modules.items() if parts[0].site != HEAD}
+        return replace(self, modules=modules, is_tied=False, has_head_bias=False)
+
     @property
     def depth(self) -> int:
         """How many layers a token runs through."""
@@ -196,16 +201,26 @@ class BaseDescription:
 
     def module_of(self, path: str) -> str | None:
         """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""
-        outer = self.prefix.partition(".")[0]  # what a model without a head leaves out
-        known = (path, self.aliases.get(path), self.prefix + path, f"{outer}.{path}")
-        return next((each for each in known if each in self.modules), None)
+        if path in self.modules:
+            return path
+        return next((each for each in self._known_as(path) if each in self.modules), None)
 
-    def spellings_of(self, path: str) -> tuple[str, ...]:
-        """All that ``module_of`` takes for this path of ``modules``, itself first."""
+    def stack_of(self, path: str) -> str | None:
+        """The same of ``stacks``."""
+        return next((each for each in self._known_as(path) if each in self.stacks), None)
+
+    def _known_as(self, path: str) -> tuple[str, ...]:
+        outer = self.prefix.partition(".")[0]  # what a model without a head leaves out
+        known = (path, self.prefix + path, f"{outer}.{path}")
+        return (*known, *(self.aliases[each] for each in known if each in self.aliases))
+
+    def spellings(self, site: Site) -> tuple[str, ...]:
+        """What files may call the embedding or the output head; none if the base has none."""
+        path = self.path_of(site)
         outer = self.prefix.partition(".")[0]
-        short = (path.removeprefix(self.prefix), path.removeprefix(f"{outer}."))
-        others = (alias for alias, own in self.aliases.items() if own == path)
-        return tuple(dict.fromkeys((path, *short, *others)))
+        others = (path.removeprefix(self.prefix), path.removeprefix(f"{outer}."))
+        renamed = (other for other, own in self.aliases.items() if own == path)
+        return tuple(dict.fromkeys((path, *others, *renamed))) if path else ()
 
     def path_of(self, site: Site) -> str:
         """The path of the embedding or of the output head; empty if the base has none."""

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError, UsageError
-from manyhats.cli.output import print_json, print_table
-from manyhats.cli.progress import shown_wait
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.terminal.extras import needs_extra
+from manyhats.cli.terminal.failures import CommandError, UsageError
+from manyhats.cli.terminal.output import print_json, print_table
+from manyhats.cli.terminal.progress import shown_wait
 
 if TYPE_CHECKING:
     from manyhats.client import AdapterInfo, Client

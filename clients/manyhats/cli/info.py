@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.output import print_fields, print_json
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.terminal.output import print_fields, print_json
 
 if TYPE_CHECKING:
     from manyhats.client import ServerInfo, ServerLimits

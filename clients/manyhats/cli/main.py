@@ -10,23 +10,11 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import (
-    adapters,
-    bench,
-    chat,
-    classify,
-    embed,
-    generate,
-    info,
-    model,
-    rerank,
-    score,
-    serve,
-    tag,
-    token,
-    train,
-)
-from manyhats.cli.failures import Commands, help_without_command
+from manyhats.cli import bench, info, model, serve, token
+from manyhats.cli.adapters import group as adapters
+from manyhats.cli.tasks import chat, classify, embed, generate, rerank, score, tag
+from manyhats.cli.terminal.failures import Commands, help_without_command
+from manyhats.cli.training import train
 
 HELP = """Many fine-tuned tasks on one resident 4-bit base model.
 

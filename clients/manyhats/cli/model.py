@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.extras import needs_extra, quiet_libraries
-from manyhats.cli.failures import CommandError, command_group
-from manyhats.cli.interrupts import prompt_interrupts
-from manyhats.cli.output import human_bytes, human_count, print_fields, print_json
-from manyhats.cli.progress import shown_progress
+from manyhats.cli.options import common as opt
+from manyhats.cli.terminal.extras import needs_extra, quiet_libraries
+from manyhats.cli.terminal.failures import CommandError, command_group
+from manyhats.cli.terminal.interrupts import prompt_interrupts
+from manyhats.cli.terminal.output import human_bytes, human_count, print_fields, print_json
+from manyhats.cli.terminal.progress import shown_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Two codes per byte, a byte of scale per 64, four of the scales' own scale per 64 * 256.

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from manyhats.cli.extras import needs_extra, quiet_libraries
-from manyhats.cli.failures import UsageError
-from manyhats.cli.progress import shown_progress
-from manyhats.cli.setting_options import Given, read_entries, refuse_unknown_variables, takes
+from manyhats.cli.options.settings import Given, read_entries, refuse_unknown_variables, takes
+from manyhats.cli.terminal.extras import needs_extra, quiet_libraries
+from manyhats.cli.terminal.failures import UsageError
+from manyhats.cli.terminal.progress import shown_progress
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import SETTINGS, ServeConfig
 from manyhats.settings.declaration import values_of

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError, UsageError, command_group
-from manyhats.cli.output import print_json
+from manyhats.cli.options import common as opt
+from manyhats.cli.terminal.extras import needs_extra
+from manyhats.cli.terminal.failures import CommandError, UsageError, command_group
+from manyhats.cli.terminal.output import print_json
 
 HELP = """Make tokens for the callers of a server.
 

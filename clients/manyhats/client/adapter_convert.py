@@ -83,6 +83,7 @@ def adapter_info(adapter: adapter_pb2.Adapter) -> AdapterInfo:
         kind=enum_name(adapter_pb2.TaskKind.Name, adapter.kind, "TASK_KIND_"),
         class_labels=tuple(adapter.class_labels),
         pooling=enum_name(adapter_pb2.Pooling.Name, adapter.pooling, "POOLING_"),
+        pinned=adapter.pinned,
     )
 
 

@@ -185,6 +185,7 @@ class AdapterInfo:
         class_labels: the classes that its task tells apart, in order.
         pooling: what its head reads of a text: ``first``, ``last``, ``mean`` or ``max``; empty if it has none, or reads
             each token by itself.
+        pinned: whether it stays in the memory of servers.
     """
 
     task_id: str
@@ -206,6 +207,7 @@ class AdapterInfo:
     kind: str = ""
     class_labels: tuple[str, ...] = ()
     pooling: str = ""
+    pinned: bool = False
 
     @property
     def name(self) -> str:

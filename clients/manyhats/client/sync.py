@@ -311,6 +311,21 @@ class Client:
         response = self._call(self._adapters.ActivateAdapter, request, timeout_s)
         return adapter_convert.adapter_info(response.adapter)
 
+    def pin_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Keep the version ``task@3`` in memory, or with ``task`` whichever is active, and describe it.
+
+        It is loaded first, also whenever a server starts. What would not fit in the memory for adapters is refused.
+        """
+        request = adapter_pb2.PinAdapterRequest(task_id=task_id)
+        response = self._call(self._adapters.PinAdapter, request, timeout_s)
+        return adapter_convert.adapter_info(response.adapter)
+
+    def unpin_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Let the version ``task@3`` leave memory again, or all that is pinned of ``task``, and describe it."""
+        request = adapter_pb2.UnpinAdapterRequest(task_id=task_id)
+        response = self._call(self._adapters.UnpinAdapter, request, timeout_s)
+        return adapter_convert.adapter_info(response.adapter)
+
     def delete_adapter(
         self, task_id: str, *, force: bool = False, timeout_s: float | None = None
     ) -> tuple[AdapterInfo, ...]:

@@ -77,7 +77,7 @@ async def run_load(
 
     async def one(arrival: Arrival, answer: Answer, num_come: int) -> None:
         nonlocal num_ended
-        await _ask(client, arrival, answer, began_s, workload.deadline_s)
+        await ask(client, arrival, answer, began_s, workload.deadline_s)
         num_ended += 1
         progress(num_come, num_ended)
 
@@ -94,9 +94,18 @@ async def run_load(
     return answers
 
 
-async def _ask(
+async def ask(
     client: AsyncClient, arrival: Arrival, answer: Answer, began_s: float, deadline_s: float | None
 ) -> None:
+    """Send one request now, and note in ``answer`` what comes of it.
+
+    Args:
+        client: of the server.
+        arrival: what to ask.
+        answer: times in it count from ``began_s``, on the clock of ``time.perf_counter``.
+        began_s: see there.
+        deadline_s: of the request; None for none.
+    """
     try:
         stream = client.generate_stream(
             arrival.prompt,

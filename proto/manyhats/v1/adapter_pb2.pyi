@@ -337,6 +337,7 @@ class Adapter(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     CLASS_LABELS_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task id, without a version."""
     version: _builtins.int
@@ -369,6 +370,8 @@ class Adapter(_message.Message):
     """What its task does with a text."""
     pooling: Global___Pooling.ValueType
     """What its head reads of a text; unset if it has none, or reads each token by itself."""
+    pinned: _builtins.bool
+    """Whether it stays in memory: by itself, or as the active version of a task that is pinned."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this version was made."""
@@ -413,10 +416,11 @@ class Adapter(_message.Message):
         kind: Global___TaskKind.ValueType = ...,
         class_labels: _abc.Iterable[_builtins.str] | None = ...,
         pooling: Global___Pooling.ValueType = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "create_time", b"create_time", "effect", b"effect"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "class_labels", b"class_labels", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "kind", b"kind", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "parts", b"parts", "pooling", b"pooling", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "class_labels", b"class_labels", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "kind", b"kind", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "parts", b"parts", "pinned", b"pinned", "pooling", b"pooling", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effect: _TypeAlias = _typing.Literal["effect"]  # noqa: Y015
     _WhichOneofArgType__effect: _TypeAlias = _typing.Literal["_effect", b"_effect"]  # noqa: Y015
@@ -908,6 +912,98 @@ class ActivateAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActivateAdapterResponse: _TypeAlias = ActivateAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PinAdapterRequest(_message.Message):
+    """Asks to keep a version in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """"task@3" for that version, "task" for the active one, whichever that is."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterRequest: _TypeAlias = PinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PinAdapterResponse(_message.Message):
+    """Answers PinAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version that stays in memory now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterResponse: _TypeAlias = PinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterRequest(_message.Message):
+    """Asks to let a version leave memory again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """"task@3" for that version, "task" for all that is pinned of it."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterRequest: _TypeAlias = UnpinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterResponse(_message.Message):
+    """Answers UnpinAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version named. One named by its number may still be pinned, as the active version."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAdapterRequest(_message.Message):

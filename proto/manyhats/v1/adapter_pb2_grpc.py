@@ -63,6 +63,16 @@ class AdapterServiceStub:
                 request_serializer=manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterRequest.SerializeToString,
                 response_deserializer=manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterResponse.FromString,
                 _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/manyhats.v1.AdapterService/PinAdapter',
+                request_serializer=manyhats_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=manyhats_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/manyhats.v1.AdapterService/UnpinAdapter',
+                request_serializer=manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/manyhats.v1.AdapterService/DeleteAdapter',
                 request_serializer=manyhats_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
@@ -132,6 +142,26 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinAdapter(self, request, context):
+        """Keeps one version in the memory of every server of the store; with a bare task id whichever is active, now and later.
+
+        It is loaded first, also whenever a server starts. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
+        (NO_ACTIVE_VERSION), DATA_LOSS if its stored bytes are damaged, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if what is
+        pinned would not fit in the memory for adapters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Lets one version make room for others again; with a bare task id all that the task has pinned.
+
+        Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
         """Deletes one version, or a task with all its versions.
 
@@ -169,6 +199,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ActivateAdapter,
                     request_deserializer=manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterRequest.FromString,
                     response_serializer=manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=manyhats_dot_v1_dot_adapter__pb2.PinAdapterRequest.FromString,
+                    response_serializer=manyhats_dot_v1_dot_adapter__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -315,6 +355,60 @@ class AdapterService:
             '/manyhats.v1.AdapterService/ActivateAdapter',
             manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterRequest.SerializeToString,
             manyhats_dot_v1_dot_adapter__pb2.ActivateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manyhats.v1.AdapterService/PinAdapter',
+            manyhats_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+            manyhats_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manyhats.v1.AdapterService/UnpinAdapter',
+            manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+            manyhats_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

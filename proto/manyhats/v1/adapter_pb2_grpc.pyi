@@ -70,6 +70,18 @@ class AdapterServiceStub:
     The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
     answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
     """
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]
+    """Keeps one version in the memory of every server of the store; with a bare task id whichever is active, now and later.
+
+    It is loaded first, also whenever a server starts. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
+    (NO_ACTIVE_VERSION), DATA_LOSS if its stored bytes are damaged, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if what is
+    pinned would not fit in the memory for adapters.
+    """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
+    """Lets one version make room for others again; with a bare task id all that the task has pinned.
+
+    Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION).
+    """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
     """Deletes one version, or a task with all its versions.
 
@@ -118,6 +130,18 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
     answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
+    """
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """Keeps one version in the memory of every server of the store; with a bare task id whichever is active, now and later.
+
+    It is loaded first, also whenever a server starts. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
+    (NO_ACTIVE_VERSION), DATA_LOSS if its stored bytes are damaged, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if what is
+    pinned would not fit in the memory for adapters.
+    """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """Lets one version make room for others again; with a bare task id all that the task has pinned.
+
+    Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION).
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes one version, or a task with all its versions.
@@ -194,6 +218,30 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
         answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
+        """
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapter_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.PinAdapterResponse, _abc.Awaitable[_adapter_pb2.PinAdapterResponse]]:
+        """Keeps one version in the memory of every server of the store; with a bare task id whichever is active, now and later.
+
+        It is loaded first, also whenever a server starts. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
+        (NO_ACTIVE_VERSION), DATA_LOSS if its stored bytes are damaged, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if what is
+        pinned would not fit in the memory for adapters.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _adapter_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapter_pb2.UnpinAdapterResponse]]:
+        """Lets one version make room for others again; with a bare task id all that the task has pinned.
+
+        Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION).
         """
 
     @_abc_1.abstractmethod

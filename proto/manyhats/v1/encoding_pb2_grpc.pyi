@@ -41,9 +41,10 @@ class EncodingServiceStub:
 
     Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
     (NO_ACTIVE_VERSION; TASK_KIND_MISMATCH if the task does something else than what is asked), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with
-    an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is
-    wrong with one text names it, as in "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
+    (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a
+    task that is not in memory), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is wrong with one text names it, as in
+    "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
     """
     Classify: _grpc.UnaryUnaryMultiCallable[_encoding_pb2.ClassifyRequest, _encoding_pb2.ClassifyResponse]
     """Tells the class of each text, by one task or by several."""
@@ -65,9 +66,10 @@ class EncodingServiceAsyncStub(EncodingServiceStub):
 
     Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
     (NO_ACTIVE_VERSION; TASK_KIND_MISMATCH if the task does something else than what is asked), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with
-    an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is
-    wrong with one text names it, as in "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
+    (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a
+    task that is not in memory), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is wrong with one text names it, as in
+    "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
     """
     Classify: _aio.UnaryUnaryMultiCallable[_encoding_pb2.ClassifyRequest, _encoding_pb2.ClassifyResponse]  # type: ignore[assignment]
     """Tells the class of each text, by one task or by several."""
@@ -92,9 +94,10 @@ class EncodingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
         (NO_ACTIVE_VERSION; TASK_KIND_MISMATCH if the task does something else than what is asked), RESOURCE_EXHAUSTED
-        (QUEUE_FULL, ADAPTER_CAPACITY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with
-        an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is
-        wrong with one text names it, as in "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
+        (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY), UNAVAILABLE (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a
+        task that is not in memory), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+        DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them. What is wrong with one text names it, as in
+        "inputs[3]". A request has at most 4 MiB, an answer at most 256 MiB.
         """
 
     @_abc_1.abstractmethod

@@ -29,7 +29,7 @@ class GenerationServiceStub:
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     def __init__(self, channel):
@@ -64,7 +64,7 @@ class GenerationServiceServicer:
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     def Generate(self, request, context):
@@ -72,9 +72,10 @@ class GenerationServiceServicer:
 
         Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
         token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
-        DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-        DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
+        (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE
+        (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a task that is not in memory), INTERNAL (NUMERICAL_ERROR;
+        INTERNAL with an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share
+        them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -140,7 +141,7 @@ class GenerationService:
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ class GenerationServiceStub:
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     @_typing.overload
@@ -42,9 +42,10 @@ class GenerationServiceStub:
 
     Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
     token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
-    DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
+    (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE
+    (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a task that is not in memory), INTERNAL (NUMERICAL_ERROR;
+    INTERNAL with an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share
+    them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]
@@ -64,7 +65,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -73,9 +74,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
     token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
-    DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
+    (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE
+    (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a task that is not in memory), INTERNAL (NUMERICAL_ERROR;
+    INTERNAL with an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share
+    them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
@@ -94,7 +96,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates and scores text on the base model or on one of its tasks.
 
     Every error carries google.rpc.ErrorInfo with domain "manyhats" and a reason; a bad field also carries
-    google.rpc.BadRequest, a full queue google.rpc.RetryInfo.
+    google.rpc.BadRequest, a full queue, a lack of memory and whatever is UNAVAILABLE google.rpc.RetryInfo.
     """
 
     @_abc_1.abstractmethod
@@ -107,9 +109,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
         token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
-        DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-        DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
+        (QUEUE_FULL, ADAPTER_CAPACITY, OUT_OF_MEMORY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE
+        (LOADING, DRAINING, ENGINE_DEAD; STORE_UNAVAILABLE for a task that is not in memory), INTERNAL (NUMERICAL_ERROR;
+        INTERNAL with an error_id that the server's log has), DEADLINE_EXCEEDED, CANCELLED. All methods of this service share
+        them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 

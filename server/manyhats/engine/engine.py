@@ -92,8 +92,11 @@ class Engine:
         await asyncio.wrap_future(self.loop.start())
         self._streams.attach(asyncio.get_running_loop())  # requests are accepted from here on
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, let running ones finish for up to ``drain_s``, then end the thread."""
+    async def stop(self, drain_s: float = 0.0, step_limit_s: float | None = None) -> None:
+        """Refuse new requests, let running ones finish for up to ``drain_s``, then end the thread.
+
+        If its step takes longer than ``step_limit_s``, the thread is left to itself, and ends with the process.
+        """
         self._is_draining = True
         if self.is_alive:
             await self._streams.wait_empty(drain_s)
@@ -101,12 +104,26 @@ class Engine:
         self._adapters.close()
         self.grammars.close()
         self.loop.stop()
-        await asyncio.get_running_loop().run_in_executor(None, self.loop.join)
+        await asyncio.get_running_loop().run_in_executor(None, self.loop.join, step_limit_s)
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine's thread is running."""
         return self.loop.is_alive
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it has made no turn (``Watch``); callable from any thread, whatever the engine's hangs in."""
+        return self.loop.watch.silent_s
+
+    @property
+    def position(self) -> str:
+        """Where its thread is now, as a stack; callable from any other thread."""
+        return self.loop.position
+
+    def call_when_silent(self, limit_s: float, on_hang: Callable[[float], None]) -> None:
+        """Have ``on_hang`` called with the seconds, on a thread of its own, once it has been silent for so long."""
+        self.loop.watch.call_at(limit_s, on_hang)
 
     @property
     def stats(self) -> EngineStats:
@@ -120,8 +137,8 @@ class Engine:
             kv_blocks_cached=allocator.num_cached,
             kv_blocks_total=allocator.num_blocks,
             heartbeat_s=self.loop.heartbeat_s,
-            waiting_tasks=tuple(sorted(self._adapters.waiting_tasks | self._residency.tasks_without_slot())),
-            is_at_standstill=self.loop.is_at_standstill,
+            kv_block_size=allocator.block_size,
+            waiting_adapters=tuple(sorted(self._adapters.waiting | self._residency.without_slot())),
         )
 
     @property
@@ -170,6 +187,25 @@ class Engine:
         """
         self._check_accepting()
         await self._adapters.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
+
+    async def pin_adapter(self, record: AdapterRecord) -> None:
+        """Load an adapter, and keep it in memory until it is unpinned or forgotten.
+
+        Raises:
+            PinLimitError: the pinned adapters would not fit in memory.
+            AdapterError: it cannot be loaded.
+            AdapterCapacityError: there was no room for some seconds.
+        """
+        self._check_accepting()
+        await self._adapters.pin(record, max_wait_s=_WARM_WAIT_S)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let an adapter make room for others again."""
+        self._residency.unpin(digest)
+
+    def pinned_digests(self) -> frozenset[str]:
+        """Digests of the adapters that stay in memory."""
+        return self._residency.pinned()
 
     def forget_adapter(self, digest: str) -> None:
         """Free an adapter's memory once no request runs on it."""

@@ -7,17 +7,22 @@ EngineError
 ├── ModelError                  a model that cannot be loaded or served, and why
 ├── QueueFullError              try again later
 ├── AdapterCapacityError        no room to preload an adapter
+├── PinLimitError               pinned adapters would not fit in memory
 ├── DrainingError               shutting down; running requests finish
 ├── DeadlineExceededError
 ├── RequestCancelledError
 ├── NumericalError              non-finite logits of one request
 ├── NoTokenAllowedError         bias, penalties or masks left a request no token to choose
 ├── StreamUnreadError           nobody read a request's answer
+├── NoMemoryError               there was no memory for this one request
 ├── RequestFailedError          anything unexpected in one request or step; it is logged
 └── EngineDeadError             the engine thread ended
 """
 
 from __future__ import annotations
+
+import errno
+import re
 
 
 def clipped(text: str, max_bytes: int) -> str:
@@ -86,6 +91,17 @@ class AdapterCapacityError(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class PinLimitError(EngineError):
+    """Adapters that are to stay in memory would take more of it than all may; bytes."""
+
+    def __init__(self, num_bytes: int, pinned_bytes: int, limit: int) -> None:
+        super().__init__(
+            f"it takes {num_bytes} bytes in memory, and {pinned_bytes} are pinned; "
+            f"together they exceed the memory for adapters, {limit} bytes"
+        )
+        self.limit = limit
+
+
 class DrainingError(EngineError):
     """The engine accepts no new requests; it is shutting down."""
 
@@ -115,6 +131,25 @@ class StreamUnreadError(EngineError):
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"the answer was not read for {limit_s:g} s, so it was ended")
         self.limit_s = limit_s
+
+
+class NoMemoryError(EngineError):
+    """There was no memory for this request; ``retry_after_s`` is a hint."""
+
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server has no memory left for this request at the moment; try again soon")
+        self.retry_after_s = retry_after_s
+
+
+# As torch says it, which has no class for it on the CPU, and Python, of a thread.
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an unexpected error says that the system has no memory, or no more threads, to give."""
+    if isinstance(error, RuntimeError):
+        return _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 class RequestFailedError(EngineError):

@@ -15,7 +15,7 @@ from manyhats.engine.loop.step import Step
 from manyhats.engine.loop.streams import Streams
 from manyhats.engine.loop.thread import Loop
 from manyhats.engine.progress import Progress, no_progress
-from manyhats.engine.residency.loading import AdapterLoading
+from manyhats.engine.residency.loading import AdapterLoading, FetchAdapter
 from manyhats.engine.residency.residency import AdapterResidency, LoadAdapter
 from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -27,6 +27,7 @@ def open_engine(
     config: EngineConfig,
     load: LoadAdapter,
     *,
+    fetch: FetchAdapter | None = None,
     backend: Backend | None = None,
     background: Background | None = None,
     progress: Progress = no_progress,
@@ -37,6 +38,7 @@ def open_engine(
         model: the resident base; its weights are packed for the backend here.
         config: limits and sizes.
         load: reads and lowers an artifact; called on loader threads.
+        fetch: brings an artifact from afar before it is loaded; None if all are near.
         backend: runs it; the CPU's by default.
         background: the process's other work, which is left a processor while it lasts.
         progress: called with how many kernels are compiled.
@@ -86,4 +88,4 @@ def open_engine(
         is_encoder=serving.sees_all,
     )
     num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
-    return Engine(config, serving, loop, AdapterLoading(residency, background), probe, num_bytes)
+    return Engine(config, serving, loop, AdapterLoading(residency, background, fetch), probe, num_bytes)

@@ -197,8 +197,8 @@ class EngineStats:
         kv_blocks_cached: reusable blocks that still hold a prefix.
         kv_blocks_total: all.
         heartbeat_s: ``time.time()`` of the loop's last turn.
-        waiting_tasks: task ids of requests whose adapter is not loaded or has no slot.
-        is_at_standstill: there are requests, but none has made progress for some seconds.
+        kv_block_size: positions in each.
+        waiting_adapters: names of versions that requests wait for: they are not loaded, or have no slot.
     """
 
     num_running: int
@@ -207,5 +207,5 @@ class EngineStats:
     kv_blocks_cached: int
     kv_blocks_total: int
     heartbeat_s: float
-    waiting_tasks: tuple[str, ...] = ()
-    is_at_standstill: bool = False
+    kv_block_size: int = 1
+    waiting_adapters: tuple[str, ...] = ()

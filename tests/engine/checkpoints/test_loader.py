@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from manyhats.engine.checkpoints import nf4_cache as cache_module
 from manyhats.engine.checkpoints.identity import FileDigests
@@ -295,3 +295,27 @@ def _paths(layer: int) -> list[str]:
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     feed_forward = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     return [f"model.layers.{layer}.{path}.weight" for path in attention + feed_forward]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "starcoder2", "mixtral"])
+def test_files_of_models_without_a_head_are_read(tmp_path: Path, family: str, quantization: str) -> None:
+    """As embedding models are saved: paths begin within what is the base's elsewhere, and the head is the embedding."""
+    whole = make_checkpoint(tmp_path / "whole", family, seed=3, tie=True)
+    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "inner")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / "inner" / name).write_bytes((whole / name).read_bytes())
+    names = load_file(tmp_path / "inner" / "model.safetensors")
+    assert "embed_tokens.weight" in names
+    for _ in range(2):  # quantized, then from the cache
+        first, second = (
+            load(tmp_path / each, tmp_path / each / "home", quantization=quantization)
+            for each in ("whole", "inner")
+        )
+        assert torch.equal(first.weights.embedding, second.weights.embedding)
+        for ours, theirs in zip(first.weights.linears(), second.weights.linears(), strict=True):
+            dense = [
+                each.matrix.dequantize() if isinstance(each.matrix, Nf4Weight) else each.matrix
+                for each in (ours, theirs)
+            ]
+            assert torch.equal(*dense)

@@ -17,7 +17,6 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineError
 from manyhats.engine.loop import step as engine_module
-from manyhats.engine.loop import thread as engine_thread
 from manyhats.engine.loop.private_run import PrivateRun
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -129,7 +128,7 @@ async def test_two_tasks_that_fit_alone_but_not_together_both_end(make: Any, mod
             await engine.warm_adapter(make_record(task, digest_of(task)))
         assert engine.stats.kv_blocks_used == 0, "a loaded task keeps nothing in the pool"
         assert await all_at_once(engine, rows) == alone
-        assert not engine.stats.is_at_standstill
+        assert engine.silent_s < 1
 
 
 async def test_what_waits_keeps_nothing_in_the_pool_and_lets_pass_what_fits(model: LoadedModel) -> None:
@@ -241,13 +240,14 @@ class _NeverDone(PrivateRun):
         """Queues nothing."""
 
 
-async def test_a_standstill_is_told_and_ends_when_something_gets_on(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_thread, "_STANDSTILL_S", 0.05)
+async def test_a_standstill_is_told_and_ends_when_something_gets_on(model: LoadedModel) -> None:
     async with running_engine(model) as engine:
         engine.loop.submit(lambda: engine.loop.step.add(_NeverDone("never", (1,))))
-        await until(lambda: engine.stats.is_at_standstill)
+        await until(lambda: engine.silent_s > 1)
         await answer(engine, Row("", 5, 4, 1))
-        assert not engine.stats.is_at_standstill
-        await until(lambda: engine.stats.is_at_standstill)
+        await until(lambda: engine.silent_s < 1)
+        await until(lambda: engine.silent_s > 1)
+        engine.loop.submit(lambda: engine.loop.step.cancel("never"))
+        await until(lambda: engine.silent_s < 1)
+        await asyncio.sleep(1.5)
+        assert engine.silent_s < 1

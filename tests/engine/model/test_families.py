@@ -326,6 +326,7 @@ def test_families_that_one_might_expect_are_refused_with_the_reason(model_type: 
     [
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; these are: silu"),
         ({"model_type": "gemma2", "hidden_activation": "mish"}, "hidden_act 'mish'"),
+        ({"model_type": "gemma", "hidden_activation": "relu"}, "hidden_activation 'relu' is not hidden_act"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 9.0}, "attn_logit_softcapping 9.0"),
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "by layer type"),

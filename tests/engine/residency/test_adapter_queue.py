@@ -116,12 +116,12 @@ async def test_two_hundred_cold_tasks_all_get_their_answer(
         await until(lambda: len(loader.loaded) > 8)
         num_threads = threading.active_count()
         assert engine.stats.num_waiting > 100
-        assert len(engine.stats.waiting_tasks) > 100
+        assert len(engine.stats.waiting_adapters) > 100
         answers = await asyncio.wait_for(asyncio.gather(*requests), 60)
         assert len({answer.tokens for answer in answers}) == 1, "they are the same adapter"
         assert num_threads < 40, "nobody waits on a thread of its own"
         assert sorted(loader.loaded) == sorted(tasks)
-        assert (engine.stats.num_waiting, engine.stats.waiting_tasks) == (0, ())
+        assert (engine.stats.num_waiting, engine.stats.waiting_adapters) == (0, ())
         await until(lambda: not any(engine.in_use(make_record(task)) for task in tasks))
 
 
@@ -145,7 +145,7 @@ async def test_those_who_wait_for_one_task_have_their_turn_together(
         stream = await hold(engine, "held")
         waiting = [finishing(answers, engine, task) for task in ("a", "b", "a", "a", "b")]
         await until(lambda: engine.stats.num_waiting == 5)
-        assert engine.stats.waiting_tasks == ("a", "b")
+        assert engine.stats.waiting_adapters == ("a@1", "b@1")
         assert engine.in_use(make_record("a")), "deleting it now would fail those who wait"
         await stream.aclose()
         await asyncio.wait_for(asyncio.gather(*waiting), 20)
@@ -177,7 +177,7 @@ async def test_a_deadline_ends_the_wait_of_generations_and_scorings(
         for call in (collect(engine, ask("a", deadline_s=soon)), engine.score(score)):
             with pytest.raises(DeadlineExceededError):
                 await asyncio.wait_for(call, 20)
-        assert (engine.stats.num_waiting, engine.stats.waiting_tasks) == (0, ())
+        assert (engine.stats.num_waiting, engine.stats.waiting_adapters) == (0, ())
         assert not engine.in_use(make_record("a"))
         await stream.aclose()
         await asyncio.wait_for(collect(engine, ask("b")), 20)
@@ -194,7 +194,7 @@ async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        await until(lambda: engine.stats.waiting_tasks == ("b",))
+        await until(lambda: engine.stats.waiting_adapters == ("b@1",))
         await until(lambda: engine.stats.num_waiting == 1)  # once the engine's thread has it
         await stream.aclose()
         await asyncio.wait_for(staying, 20)
@@ -303,7 +303,7 @@ async def test_who_has_waited_for_an_adapter_finds_no_full_queue_behind_it(model
         with pytest.raises(QueueFullError):
             await collect(engine, ask("cold"))
         go.set()
-        await until(lambda: not engine.stats.waiting_tasks)
+        await until(lambda: not engine.stats.waiting_adapters)
         assert not running.done(), "the queue was full when they came to it"
         await asyncio.wait_for(asyncio.gather(*cold, scoring, *hot, running), 60)
 

@@ -180,7 +180,7 @@ def test_an_adapter_that_is_virtual_tokens_alone_needs_no_slot_and_is_ready_with
     assert use(residency, "a", "b", "c") == [0, 0, 0]
     assert slots.held == {}
     assert placed(residency) == {"a", "b", "c"}
-    assert residency.tasks_without_slot() == frozenset()
+    assert residency.without_slot() == frozenset()
 
 
 def test_virtual_tokens_that_the_kv_cache_cannot_hold_are_refused() -> None:
@@ -228,11 +228,11 @@ def test_an_adapter_gets_a_free_slot_when_it_is_loaded_but_nobody_s() -> None:
     for name in "abc":
         acquire(residency, make_record(name))
     assert placed(residency) == {"a", "b"}
-    assert residency.tasks_without_slot() == {"c"}
+    assert residency.without_slot() == {"c@1"}
     assert residency.stats.num_slot_evictions == 0
     use(residency, "c")
     assert placed(residency) == {"b", "c"}, "a was idle for longest"
-    assert residency.tasks_without_slot() == {"a"}
+    assert residency.without_slot() == {"a@1"}
 
 
 def test_an_adapter_in_use_is_never_evicted() -> None:

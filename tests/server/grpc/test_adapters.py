@@ -252,7 +252,7 @@ async def test_delete_of_a_version_in_use_needs_force() -> None:
     async with running_server() as server:
         await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="a"))
         await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="others", uri="a"))
-        server.engine.pinned.add("hats@1")
+        server.engine.used.add("hats@1")
         refusal = await refused(server.adapters.DeleteAdapter(pb.DeleteAdapterRequest(task_id="hats")))
         await server.adapters.DeleteAdapter(pb.DeleteAdapterRequest(task_id="others"))
         assert set(server.engine.resident) == {"sha256:a"}, "hats is made of these bytes, too"

@@ -99,6 +99,12 @@ CALLS: dict[str, Callable[[Running, Any, str], Awaitable[Any]]] = {
     f"{ADAPTERS}ActivateAdapter": lambda server, md, task: server.adapters.ActivateAdapter(
         apb.ActivateAdapterRequest(task_id=f"{task}@1"), metadata=md
     ),
+    f"{ADAPTERS}PinAdapter": lambda server, md, task: server.adapters.PinAdapter(
+        apb.PinAdapterRequest(task_id=f"{task}@1"), metadata=md
+    ),
+    f"{ADAPTERS}UnpinAdapter": lambda server, md, task: server.adapters.UnpinAdapter(
+        apb.UnpinAdapterRequest(task_id=f"{task}@1"), metadata=md
+    ),
     f"{ADAPTERS}DeleteAdapter": lambda server, md, task: server.adapters.DeleteAdapter(
         apb.DeleteAdapterRequest(task_id=task), metadata=md
     ),

@@ -18,7 +18,7 @@ from manyhats.server.service import errors as service_errors
 from manyhats.server.service.reasons import is_expected, reason_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
-from support.fakes.server import Running, refused, running_server
+from support.fakes.server import ByteTokenizer, Running, refused, running_server
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -164,6 +164,14 @@ ENGINE_ROWS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (engine_errors.DeadlineExceededError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (engine_errors.RequestCancelledError("gone"), grpc.StatusCode.CANCELLED, "CANCELLED"),
     (engine_errors.NumericalError("NaN"), grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
+    (engine_errors.NoMemoryError(), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (MemoryError("/secret/path"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (OSError(12, "secret"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: secret"),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "OUT_OF_MEMORY",
+    ),
     (adapter_errors.DataLossError("hats@1", "is damaged"), grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
     (RuntimeError("/secret/path"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]
@@ -179,6 +187,24 @@ async def test_fault_of_a_running_request(error: Exception, code: grpc.StatusCod
         assert server.engine.running == 0
     assert (refusal.code, refusal.reason) == (code, reason)
     assert "secret" not in refusal.message
+
+
+async def test_a_text_that_there_is_no_memory_to_read_fails_its_call_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = ByteTokenizer.prompt
+
+    def sometimes(self: ByteTokenizer, text: str, **options: Any) -> Any:
+        if text == "too much":
+            raise MemoryError
+        return read(self, text, **options)
+
+    monkeypatch.setattr(ByteTokenizer, "prompt", sometimes)
+    async with running_server() as server:
+        refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="too much")))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+        assert refusal.retry_s == 1.0
+        assert (await server.generation.Generate(pb.GenerateRequest(text="a"))).text == "a"
 
 
 async def test_full_queue_says_when_to_come_again() -> None:
@@ -197,6 +223,11 @@ async def test_full_queue_says_when_to_come_again() -> None:
         (service_errors.TooManyCallsError(9, 0.25), 0.25),
         (adapter_errors.QuotaExceededError("max_transfers", "are used up", 7.0), 7.0),
         (adapter_errors.QuotaExceededError("max_tasks", "are used up"), None),
+        (engine_errors.NoMemoryError(2.5), 2.5),
+        (engine_errors.DrainingError("going"), 1.0),
+        (engine_errors.EngineDeadError("dead"), 1.0),
+        (adapter_errors.StoreUnavailableError("store", "is gone"), 1.0),
+        (adapter_errors.StoreFullError("store", "is full"), None),
     ],
 )
 def test_what_passes_by_itself_says_when_to_come_again(error: Exception, retry_s: float | None) -> None:

@@ -106,6 +106,7 @@ async def test_probes_and_metrics_need_no_token(token_file: Path) -> None:
         for path in (
             "/healthz",
             "/readyz",
+            "/storez",
             "/health",
             "/ping",
             "/v2/health/live",

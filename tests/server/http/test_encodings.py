@@ -188,6 +188,31 @@ async def test_classes_are_the_heads(tasks: Tasks, path: str) -> None:
     assert one.json["data"] == reply.json["data"][:1]
 
 
+async def test_tei_s_info_says_what_a_task_does(tasks: Tasks) -> None:
+    async def ask(path: str, *headers: str) -> Reply:
+        return await exchange(tasks.ports.http, request(path, b"", *headers, method="GET"), timeout_s=60)
+
+    base = (await ask("/info")).json
+    assert base["model_type"] == {"embedding": {"pooling": "last_token"}}
+    assert (base["model_dtype"], base["max_input_length"], base["auto_truncate"]) == (
+        "float32",
+        CONTEXT,
+        False,
+    )
+    mood = (await ask("/info?model=mood")).json
+    assert mood["model_id"] == "mood"
+    names = mood["model_type"]["classifier"]["id2label"]
+    predicted = (await tasks.post("/predict", {"model": "mood", "inputs": "a"})).json
+    assert sorted(names.values()) == sorted(each["label"] for each in predicted)
+    assert mood["model_type"]["classifier"]["label2id"] == {name: int(at) for at, name in names.items()}
+    ranking = (await ask("/info", "X-Task-Id: relevance")).json
+    assert ranking["model_type"] == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    assert (await ask("/info?model=vectors")).json["model_sha"] != base["model_sha"]
+    assert (await ask("/info?model=no")).status == 404
+    refused = await ask("/info?model=tags")
+    assert (refused.status, refused.json["error"]["code"]) == (400, "task_kind_mismatch")
+
+
 async def test_tei_s_predictions_are_sorted(tasks: Tasks) -> None:
     pair, alone = ("the cat", "the hat"), TEXTS[1]
     batch = await tasks.post("/predict", {"model": "mood", "inputs": [[alone], list(pair), alone]})

@@ -75,6 +75,14 @@ async def test_every_method_answers_as_over_grpc() -> None:
         activated = await client.post("/v1/tasks/hats@1/activate")
         again = await server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1"))
         assert activated.json() == json_of(again)
+        pinned = await client.post("/v1/tasks/hats/pin")
+        assert pinned.json()["adapter"]["pinned"] is True
+        again_pinned = await server.adapters.PinAdapter(pb.PinAdapterRequest(task_id="hats"))
+        assert pinned.json() == json_of(again_pinned)
+        unpinned = await client.post("/v1/tasks/hats/unpin")
+        assert unpinned.json() == json_of(
+            await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(task_id="hats"))
+        )
         gone = await client.delete("/v1/tasks/caps")
         assert [each["taskId"] for each in gone.json()["adapters"]] == ["caps"]
         assert set(server.store.tasks) == {"hats"}
@@ -339,7 +347,7 @@ async def test_another_method_is_told_which_there_are() -> None:
 async def test_a_version_in_use_is_deleted_by_force_alone() -> None:
     async with running_server() as server, client_of(server) as client:
         await registered(server, "hats=a")
-        server.engine.pinned.add("hats@1")
+        server.engine.used.add("hats@1")
         answer = await client.delete("/v1/tasks/hats")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_in_use")
         assert (await client.delete("/v1/tasks/hats?force=true")).status_code == 200

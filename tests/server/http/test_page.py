@@ -280,7 +280,7 @@ async def test_versions_are_activated_and_deleted(browser: Browser) -> None:
             await expect(page.locator("#notice")).to_have_text("sql@1 is active.")
             await expect(row(page, "sql").locator(".badge")).to_have_text("v1")
             assert server.store.resolve("sql").version == 1
-            server.engine.pinned.add("sql@2")
+            server.engine.used.add("sql@2")
             await page.get_by_role("button", name="Delete sql@2").click()
             dialog = page.get_by_role("dialog", name="Delete sql@2?")
             await dialog.get_by_role("button", name="Delete").click()

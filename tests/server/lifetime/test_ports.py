@@ -65,15 +65,13 @@ async def test_health_and_readyz_follow_loading_heartbeat_draining_and_death() -
         gate.open(make_backend(server.engine, server.store))
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (SERVING, (200, "ready"))
-        server.engine.heartbeat_s = 0.0
+        server.engine.silent_s = 1000.0
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (NOT_SERVING, (503, "stalled"))
-        server.engine.heartbeat_s = None
+        assert await _http(server, "/healthz") == (200, "ok")
+        server.engine.silent_s = 0.2
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (SERVING, (200, "ready"))
-        server.engine.is_at_standstill = True
-        await health.publish()
-        assert (await _health(server), await _http(server, "/readyz")) == (NOT_SERVING, (503, "stalled"))
         server.engine.is_alive = False
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (NOT_SERVING, (503, "dead"))
@@ -109,7 +107,7 @@ async def test_a_state_is_logged_once_however_often_it_is_published() -> None:
 
 async def test_stalled_engine_still_admits() -> None:
     async with running_server() as server:
-        server.engine.heartbeat_s = 0.0
+        server.engine.silent_s = 1000.0
         assert server.gate.state is ServingState.STALLED
         assert (await server.generation.Generate(pb.GenerateRequest(text="a"))).text == "a"
 

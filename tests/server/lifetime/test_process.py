@@ -200,6 +200,11 @@ async def test_progress_of_the_start_is_shown_until_the_engine_runs(
     assert [(line["stage"], line["percent"]) for line in stages] == [("quantize", 50), ("compile", 33)]
 
 
+async def streamed(client: GenerationServiceAsyncStub, text: str) -> str:
+    """An answer, piece by piece."""
+    return "".join([piece.text async for piece in client.GenerateStream(pb.GenerateRequest(text=text))])
+
+
 async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -208,13 +213,16 @@ async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
         facts = await life.line("ready")
         client = await life.client()
         running = asyncio.ensure_future(client.Generate(pb.GenerateRequest(text="a long one")))
-        await eventually(lambda: engine.running == 1)
+        streaming = asyncio.ensure_future(streamed(client, "another long one"))
+        await eventually(lambda: engine.running == 2)
         os.kill(os.getpid(), signal.SIGTERM)
         await life.line("draining")
         refusal = await refused(client.Generate(pb.GenerateRequest(text="new")))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert refusal.retry_s == 1.0
         assert await asyncio.to_thread(http_status, facts["http"], "/readyz") == 503
         assert (await running).text == "a long one"
+        assert await streaming == "another long one"
         assert await life.end() == 0
     assert engine.stopped
 

@@ -80,12 +80,15 @@ def test_killed_server_has_its_tasks_after_a_restart(tmp_path: Path) -> None:
     with server(tmp_path / "store") as (process, channel):
         first, second = (register(channel, source) for source in sources)
         AdapterServiceStub(channel).ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1"))
+        AdapterServiceStub(channel).PinAdapter(pb.PinAdapterRequest(task_id="hats"))
         process.send_signal(signal.SIGKILL)
     with server(tmp_path / "store") as (process, channel):
         assert [(each.version, each.digest) for each in listed(channel)] == [
             (1, first.digest),
             (2, second.digest),
         ]
+        where = [(each.pinned, each.residency) for each in listed(channel)]
+        assert where == [(True, pb.ADAPTER_RESIDENCY_DEVICE), (False, pb.ADAPTER_RESIDENCY_DISK)]
         assert answering(channel) == (1, first.digest)
         assert register(channel, sources[1]).version == 2
         assert answering(channel) == (2, second.digest)

@@ -15,6 +15,7 @@ from manyhats.adapters.errors import AdapterUnsafeError
 from manyhats.engine.output import StepStats
 from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.probes import make_metrics_app
+from manyhats.server.observability import gateway
 from manyhats.server.observability.task_labels import TaskLabels
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
@@ -84,7 +85,7 @@ async def test_every_name_of_the_api_is_there_after_one_request() -> None:
         "manyhats_engine_heartbeat_timestamp_seconds",
         "vllm:lora_requests_info",
     }
-    assert {name for name in names if ":" in name} == {"vllm:lora_requests_info"}
+    assert {name for name in names if ":" in name} == set(gateway.NAMES)
     assert value(series, "manyhats_adapter_load_seconds_sum", tier="host") == 0.1
 
 
@@ -192,24 +193,6 @@ async def test_registrations_count_by_result_and_reason() -> None:
         ("refused", "ADAPTER_UNSAFE"),
     ):
         assert value(series, name, result=result, reason=reason) == 1
-
-
-async def test_gateway_series_is_one_and_names_loaded_and_waiting_tasks() -> None:
-    async with running_server(is_open=False) as server:
-        (before,) = labels_of(await scrape(server), "vllm:lora_requests_info")
-    async with running_server() as server:
-        for task_id in ("b", "a"):
-            await server.adapters.RegisterAdapter(
-                adapter_pb2.RegisterAdapterRequest(task_id=task_id, uri=task_id)
-            )
-        server.engine.waiting_tasks = ("z", "c", "c")
-        (after,) = labels_of(await scrape(server), "vllm:lora_requests_info")
-        server.engine.waiting_tasks = ()
-        server.engine.without_slot.add("sha256:a")
-        (later,) = labels_of(await scrape(server), "vllm:lora_requests_info")
-    assert before == {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
-    assert after == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,z"}
-    assert (later["running_lora_adapters"], later["waiting_lora_adapters"]) == ("b", "")
 
 
 async def test_series_of_a_task_leave_with_it() -> None:

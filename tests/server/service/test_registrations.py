@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.errors import StoreUnavailableError
+from manyhats.adapters.registration import Files, Registration, Uri
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.registrations import Registrations
+from manyhats.server.service.store_health import StoreUse
 from support.fakes.server import EchoEngine, MemoryStore, eventually, make_backend
 
 Change = Callable[[Registrations], Coroutine[Any, Any, Any]]
@@ -37,6 +39,30 @@ async def test_a_change_whose_caller_leaves_is_carried_through(name: str) -> Non
     await eventually(lambda: store.resolve("hats").digest == active)
     await eventually(lambda: _counted(metrics) == {"active": 1.0, "inactive": num_inactive})
     assert active in engine.resident
+
+
+async def test_an_upload_that_is_opened_after_its_caller_was_refused_is_removed() -> None:
+    """The store hangs as it is opened: its caller is told to try again, and what comes of it later is nobody's."""
+    store = MemoryStore()
+    backend = make_backend(EchoEngine(), store)
+    changes = Registrations(backend, Metrics(max_task_labels=10))
+    registration = Registration("hats", Files(()))
+    store.may_open.clear()
+    opening = asyncio.create_task(changes.open_upload(registration))
+    await eventually(lambda: backend.store_health.is_busy)
+    backend.store_health.hangs(StoreUse.WRITE)
+    with pytest.raises(StoreUnavailableError, match="try again"):
+        await opening
+    with pytest.raises(StoreUnavailableError):
+        await changes.open_upload(registration)
+    store.may_open.set()
+    await eventually(lambda: [upload.is_aborted for upload in store.uploads] == [True])
+    backend.store_health.works(StoreUse.WRITE)
+    session = await changes.open_upload(registration)
+    backend.store_health.hangs(StoreUse.WRITE)
+    await changes.abort_upload(session)
+    await eventually(lambda: [upload.is_aborted for upload in store.uploads] == [True, True])
+    assert not backend.store_health.is_busy
 
 
 def _counted(metrics: Metrics) -> dict[str, float]:

@@ -160,7 +160,7 @@ async def test_unreachable_store_is_logged_once_and_known_tasks_are_served_on(er
                 server.store.refresh_error = None
                 await eventually(lambda: num_adapters(server, "active") == 2)
     events = [line["event"] for line in logs if line["event"].startswith("store")]
-    assert events == ["store not reached; known tasks are served on", "store reached again"]
+    assert events == ["store lost; what is in memory is served on", "store works again"]
 
 
 async def test_new_version_that_cannot_be_loaded_does_not_stop_the_following() -> None:

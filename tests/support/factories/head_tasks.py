@@ -29,7 +29,7 @@ from manyhats.trainer.settings.settings import (
     OptimizationSettings,
     TrainSettings,
 )
-from support.factories.tiny_encoders import ENCODERS, make_encoder
+from support.factories.tiny_encoders import AUTO, ENCODERS, make_encoder
 from support.factories.tiny_models import make_checkpoint
 
 METHODS: dict[str, AdapterSettings] = {
@@ -59,7 +59,7 @@ def head_base(family: str, quantization: Any = "none") -> HeadBase:
     """A random base of a family, an encoder or a decoder."""
     directory = Path(tempfile.mkdtemp(prefix="manyhats-head-"))
     if family in ENCODERS:
-        checkpoint = make_encoder(directory / "model", family, seed=8)
+        checkpoint = make_encoder(directory / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
     else:
         kv_heads = {} if family in ("llama", "qwen2") else {"kv_heads": 4}
         checkpoint = make_checkpoint(directory / "model", family, seed=8, **kv_heads)

@@ -337,6 +337,20 @@ class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
         task_id, _, version = request.task_id.partition("@")
         return adapter_pb2.ActivateAdapterResponse(adapter=make_adapter(task_id, int(version)))
 
+    def PinAdapter(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        adapter = make_adapter(request.task_id.partition("@")[0], 2)
+        adapter.pinned = True
+        return adapter_pb2.PinAdapterResponse(adapter=adapter)
+
+    def UnpinAdapter(self, request: Any, context: Any) -> Any:
+        """The task "sql" stays pinned by its name."""
+        self._fake.see(request, context)
+        task_id, _, version = request.task_id.partition("@")
+        adapter = make_adapter(task_id, 2)
+        adapter.pinned = bool(version)
+        return adapter_pb2.UnpinAdapterResponse(adapter=adapter)
+
     def GetAdapter(self, request: Any, context: Any) -> Any:
         self._fake.see(request, context)
         return adapter_pb2.GetAdapterResponse(adapter=make_adapter(request.task_id.partition("@")[0], 2))

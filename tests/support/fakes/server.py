@@ -191,17 +191,20 @@ class EchoEngine:
     error_after: int = 0
     is_alive: bool = True
     heartbeat_s: float | None = None
-    is_at_standstill: bool = False
+    silent_s: float = 0.0
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     without_slot: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
+    pin_error: Exception | None = None
+    asked_to_pin: list[str] = field(default_factory=list)
     warm_error: Exception | None = None
     warm_s: float = 0.0
     warmed: list[AdapterRecord] = field(default_factory=list)
     effect: float = 0.25
     probed: list[LoweredAdapter] = field(default_factory=list)
-    waiting_tasks: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     score_requests: list[ScoreRequest] = field(default_factory=list)
     encode_requests: list[EncodeRequest] = field(default_factory=list)
@@ -213,13 +216,23 @@ class EchoEngine:
     def stats(self) -> EngineStats:
         heartbeat_s = time.time() if self.heartbeat_s is None else self.heartbeat_s
         return EngineStats(
-            self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks, is_at_standstill=self.is_at_standstill
+            self.running,
+            2,
+            3,
+            4,
+            10,
+            heartbeat_s,
+            kv_block_size=16,
+            waiting_adapters=self.waiting_adapters,
         )
+
+    def call_when_silent(self, limit_s: float, on_hang: Callable[[float], None]) -> None:
+        self.hang_limit_s = limit_s
 
     async def start(self) -> None:
         self.is_alive = True
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, drain_s: float, step_limit_s: float | None = None) -> None:
         self.stopped = True
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -287,11 +300,17 @@ class EchoEngine:
 
     def forget_adapter(self, digest: str) -> None:
         self.resident.pop(digest, None)
+        self.pinned.discard(digest)
 
     @property
     def residency_stats(self) -> ResidencyStats:
         return ResidencyStats(
-            num_loads=8, num_evictions=5, num_slot_evictions=7, load_seconds=1.0, resident_bytes=10
+            num_loads=8,
+            num_evictions=5,
+            num_slot_evictions=7,
+            load_seconds=1.0,
+            resident_bytes=10,
+            pinned_bytes=len(self.pinned),
         )
 
     def adapter_tiers(self) -> dict[str, Tier]:
@@ -301,7 +320,20 @@ class EchoEngine:
         return frozenset(self.resident)
 
     def in_use(self, record: AdapterRecord) -> bool:
-        return record.name in self.pinned
+        return record.name in self.used
+
+    async def pin_adapter(self, record: AdapterRecord) -> None:
+        self.asked_to_pin.append(record.name)
+        if self.pin_error is not None:
+            raise self.pin_error
+        self.resident[record.digest] = record
+        self.pinned.add(record.digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        self.pinned.discard(digest)
+
+    def pinned_digests(self) -> frozenset[str]:
+        return frozenset(self.pinned)
 
 
 def _encoded(request: EncodeRequest, ids: Sequence[int]) -> Any:
@@ -369,11 +401,21 @@ class MemoryStore:
     may_write: threading.Event = field(default_factory=threading.Event)
     others_changed: set[str] = field(default_factory=set)
     refresh_error: Exception | None = None
+    read_error: Exception | None = None
+    write_error: Exception | None = None
     is_closed: bool = False
 
     def __post_init__(self) -> None:
         self.may_open.set()
         self.may_write.set()
+
+    def check_reads(self) -> None:
+        if self.read_error is not None:
+            raise self.read_error
+
+    def check_writes(self) -> None:
+        if self.write_error is not None:
+            raise self.write_error
 
     def register(
         self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None
@@ -450,6 +492,15 @@ class MemoryStore:
             for each in self.tasks[parsed.task_id]
         ]
         return self.resolve(name)
+
+    def set_pin(self, name: str, *, is_pinned: bool) -> AdapterRecord:
+        record = replace(self.resolve(name), is_pinned=is_pinned)
+        versions = self.tasks[record.task_id]
+        self.tasks[record.task_id] = [record if each.version == record.version else each for each in versions]
+        return record
+
+    def pinned(self) -> Sequence[AdapterRecord]:
+        return [record for records in self.tasks.values() for record in records if record.is_pinned]
 
     def refresh(self) -> set[str]:
         if self.refresh_error is not None:

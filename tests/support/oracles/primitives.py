@@ -156,7 +156,10 @@ def describe_model(model: Any, names: Collection[str] = ("test/tiny",)) -> BaseD
         "lm_head": (Part(Site(-1, "lm_head"), range(vocab_size)),),
     }
     shapes: dict[str, tuple[int, int]] = {}
-    weights: dict[Site, tuple[Tensor, Tensor | None]] = {Site(-1, "lm_head"): (model.lm_head.weight, None)}
+    weights: dict[Site, tuple[Tensor, Tensor | None]] = {
+        Site(-1, "embed_tokens"): (model.model.embed_tokens.weight, None),
+        Site(-1, "lm_head"): (model.lm_head.weight, None),
+    }
     for index, layer in enumerate(model.model.layers):
         for path, module, parts in linears_of(layer):
             sites = tuple(Site(index, name) for name, _ in parts)

@@ -21,6 +21,7 @@ from manyhats.adapters.heads import TaskKind
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.engine.model.weights import Weights
 from manyhats.engine.text.tokenizer import ReadText
 from manyhats.trainer.data.batch import ReadRow, collate, collate_read
 from manyhats.trainer.data.head_task import HeadTask, Loss
@@ -57,7 +58,7 @@ from manyhats.trainer.settings.settings import ModelSettings, OptimizationSettin
 from manyhats.trainer.settings.settings_file import make_settings
 from support.factories.head_tasks import head_rows
 from support.factories.head_tasks import write_rows as write_head_rows
-from support.factories.tiny_encoders import make_encoder
+from support.factories.tiny_encoders import AUTO, ENCODERS, make_encoder
 from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import ALL_CASES
 from support.harnesses.live_bytes import LiveBytes
@@ -126,12 +127,12 @@ def write_config(directory: Path, content: Mapping[str, Any]) -> Path:
 # What is exact
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "mixtral", "bert", "albert", "modernbert"])
 def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
-    model, shape = loaded(family)
+    model, shape = encoder(family) if family in ENCODERS else loaded(family)
     linears = [
         linear.matrix
-        for block in model.weights.blocks
+        for block in model.weights.sets
         for name, linear in block.linears.items()
         if name != "router"
     ]
@@ -139,12 +140,25 @@ def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     num_bytes = sum(weight.num_bytes for weight in linears if isinstance(weight, Nf4Weight))
     assert shape.nf4_bytes == pytest.approx(num_bytes, rel=1e-3)
     weights = model.weights
-    heads = [head.matrix for head in weights.outer.values() if isinstance(head.matrix, Tensor)]
-    tables = weights.embedding.numel() + sum(head.numel() for head in heads)
+    head = weights.outer.get("lm_head")
+    tables = weights.embedding.numel() + (0 if head is None else head.out_features * head.in_features)
     assert shape.num_table_parameters == tables
-    norms = sum(norm.weight.numel() for norm in weights.norms())
     routers = 3 * 4 * 256 if family == "mixtral" else 0
-    assert shape.num_other_parameters == norms + routers
+    assert shape.num_other_parameters == sum(tensor.numel() for tensor in others_of(weights)) + routers
+
+
+def others_of(weights: Weights) -> Iterator[Tensor]:
+    """Norms, biases, positions, types, and linears outside the layers but the head."""
+    norms = [*weights.norms(), *filter(None, [weights.pooler_norm])]
+    outer = [linear for name, linear in weights.outer.items() if name != "lm_head"]
+    maybe = [
+        *(tensor for norm in norms for tensor in (norm.weight, norm.bias)),
+        *(linear.bias for linear in (*weights.linears(), *outer)),
+        *(linear.matrix for linear in outer),
+        weights.positions,
+        weights.token_types,
+    ]
+    yield from (tensor for tensor in maybe if isinstance(tensor, Tensor))
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
@@ -247,29 +261,40 @@ def check_activations(
 
 
 @cache
-def encoder() -> tuple[LoadedModel, BaseShape]:
+def encoder(family: str = "bert") -> tuple[LoadedModel, BaseShape]:
     """An encoder whose activations outweigh the few that do not grow with it."""
     directory = Path(mkdtemp(prefix="manyhats-test-"))
     make_encoder(
-        directory / "bert",
+        directory / "model",
+        family,
+        auto=AUTO.get(family, "AutoModel"),
         hidden_size=256,
         num_hidden_layers=3,
         intermediate_size=1024,
         vocab_size=VOCAB_SIZE,
     )
     model = load_model(
-        str(directory / "bert"), quantization="nf4", dtype=torch.float32, home=directory / "home"
+        str(directory / "model"), quantization="nf4", dtype=torch.float32, home=directory / "home"
     )
-    return model, read_shape(str(directory / "bert"))
+    return model, read_shape(str(directory / "model"))
 
 
 CLASSES = HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.CROSS_ENTROPY, classes=("a", "b", "c"))
 
 
+def encoder_cases() -> Iterator[Any]:
+    """Every method on BERT; on others those that differ there."""
+    yield from (("bert", method) for method in METHODS)
+    yield from (("albert", method) for method in ("lora", "dora", "ia3", "double_seq", "prompt"))
+    yield from (("modernbert mean", method) for method in ("lora", "dora", "ia3", "prompt"))
+
+
 @pytest.mark.parametrize("checkpoints", [True, False])
-@pytest.mark.parametrize("method", METHODS)
-def test_activations_of_an_encoder_are_those_of_the_decoder(method: str, checkpoints: bool) -> None:
-    model, shape = encoder()
+@pytest.mark.parametrize(("family", "method"), list(encoder_cases()))
+def test_activations_of_an_encoder_are_those_of_the_decoder(
+    family: str, method: str, checkpoints: bool
+) -> None:
+    model, shape = encoder(family)
     decoder = TrainingDecoder(
         model, dtype=torch.float32, gradient_checkpointing=checkpoints, device=torch.device("cpu")
     )
@@ -289,8 +314,8 @@ def test_activations_of_an_encoder_are_those_of_the_decoder(method: str, checkpo
     assert adapted.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
     size = BatchShape(num_tokens=sum(map(len, texts)), num_rows=6, longest=96, num_targets=6)
     size = behind(size, adapted.num_in_layers)
-    step = Step(shape.architecture, adapted, size, 4, True, reads=True)
-    inputs = inputs_kept(step, reads_one=True)
+    step = of_largest_layer(Step(shape.architecture, adapted, size, 4, True, reads=True))
+    inputs = inputs_kept(step, reads_one=family != "modernbert mean")
     of_layers = 0 if checkpoints else layers_kept(step)
     assert inputs + of_layers == pytest.approx(kept, rel=0.2)
     backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
@@ -374,6 +399,24 @@ def test_more_work_takes_more_memory(more: dict[str, Any]) -> None:
     before, after = predicted(**small), predicted(**{**small, **more})
     runtime = (before.parts["runtime"], after.parts["runtime"])
     assert after.total - runtime[1] > before.total - runtime[0]
+
+
+def test_the_base_is_as_a_server_holds_it_unless_told(tmp_path: Path) -> None:
+    """NF4 from 100 million parameters, or if it is stored so."""
+
+    def of(method: str, **config: Any) -> tuple[int, int]:
+        model = str(write_config(tmp_path, {**LLAMA_33B, **config}))
+        base = predicted(method, model=model, max_length=100, device="cuda").parts["base: linears"]
+        return base, read_shape(model).nf4_bytes
+
+    assert of("prefix")[0] == of("prefix")[1]
+    assert of("lora")[0] > 3 * of("lora")[1]
+    small = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}
+    assert of("prefix", **small)[0] > 3 * of("prefix", **small)[1]
+    assert of("qlora", **small)[0] == of("qlora", **small)[1]
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    stored = {**stored, "bnb_4bit_use_double_quant": True}
+    assert of("prefix", **small, quantization_config=stored)[0] == of("prefix", **small)[1]
 
 
 def test_an_optimizer_of_8_bits_takes_a_quarter() -> None:

@@ -2,175 +2,71 @@
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, TaskType
 from safetensors.torch import load
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.heads import Pooling, TaskKind
-from manyhats.engine.checkpoints.loader import load_model
-from manyhats.engine.text.tokenizer import ReadText
-from manyhats.trainer.data.batch import IGNORED, ReadRow, collate_read
+from manyhats.engine.checkpoints.loader import load_model as load_base
+from manyhats.engine.request import EncodeRequest
 from manyhats.trainer.data.head_task import HeadTask, Loss
-from manyhats.trainer.errors import BaseError
-from manyhats.trainer.methods.head import UNTRAINED, check_head
 from manyhats.trainer.methods.making import make_adapter
-from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import matches
-from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.model.head_loss import HeadLoss, contrastive_loss
-from manyhats.trainer.report.served import read_saved
+from manyhats.trainer.model.head_loss import contrastive_loss
+from manyhats.trainer.report.served import SavedAdapter, read_saved
 from manyhats.trainer.settings.methods import BottleneckSettings, LoraSettings
 from support.factories.head_tasks import METHODS, HeadBase, head_base
+from support.factories.heads_in_training import (
+    TASKS,
+    has,
+    made,
+    own_gradients,
+    own_loss,
+    own_outputs,
+    random_rows,
+    trains,
+)
 from support.factories.tiny_encoders import ENCODERS
-from support.factories.trainables import move, save
-from support.oracles.classifiers import load_model as load_reference
+from support.factories.trainables import save
+from support.harnesses.engine import running_engine
+from support.oracles.classifiers import load_model
 from support.oracles.golden import GOLDEN, needs_golden
+from support.oracles.peft_heads import KINDS, load_peft, peft_gradients, peft_loss, peft_outputs
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TRAINED = tuple(family for family in ENCODERS if family.split()[0] not in UNTRAINED)
-FAMILIES = (*TRAINED, "llama")
-TASKS = {
-    "classes": HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.CROSS_ENTROPY, classes=("a", "b", "c")),
-    "sets": HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.BINARY_CROSS_ENTROPY, classes=("a", "b", "c")),
-    "numbers": HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.SQUARED_ERROR),
-    "tags": HeadTask(kind=TaskKind.CLASSIFY_TOKENS, loss=Loss.CROSS_ENTROPY, classes=("a", "b", "c")),
-    "vectors": HeadTask(kind=TaskKind.EMBED, loss=Loss.CONTRASTIVE, pooling=Pooling.MEAN, temperature=0.1),
-}
-KINDS = {
-    TaskKind.CLASSIFY: TaskType.SEQ_CLS,
-    TaskKind.CLASSIFY_TOKENS: TaskType.TOKEN_CLS,
-    TaskKind.EMBED: TaskType.FEATURE_EXTRACTION,
-}
-LENGTHS = (9, 4, 17, 4)
-
-
-def made(family: str, method: str, task: HeadTask) -> tuple[HeadBase, ParametrizedAdapter]:
-    """An adapter with a head, moved from its beginning."""
-    base = head_base(family)
-    adapter = make_adapter(METHODS[method], "t", base.model, seed=3, head=task)
-    move(adapter, size=0.1)
-    return base, adapter
-
-
-def has(family: str, method: str, kind: TaskKind) -> bool:
-    adapter_method = METHODS[method].method
-    try:
-        check_head(kind, adapter_method, head_base(family).model.description)
-    except BaseError:
-        return False
-    return adapter_method is not AdapterMethod.BOTTLENECK
-
-
-def random_rows(task: HeadTask) -> list[ReadRow]:
-    generator = torch.Generator().manual_seed(5)
-    texts = [
-        ReadText(tuple(torch.randint(3, 320, (length,), generator=generator).tolist())) for length in LENGTHS
-    ]
-    if task.loss is Loss.CONTRASTIVE:
-        return [ReadRow(tuple(texts[:2]), (), 1), ReadRow(tuple(texts[2:]), (), 1)]
-    rows = []
-    for index, text in enumerate(texts):
-        targets: tuple[float, ...] = (float(index % 3),)
-        if task.loss is Loss.BINARY_CROSS_ENTROPY:
-            targets = (1.0, float(index % 2), 0.0)
-        elif task.loss is Loss.SQUARED_ERROR:
-            targets = (0.3 * index,)
-        elif task.kind is TaskKind.CLASSIFY_TOKENS:
-            targets = tuple(
-                float(IGNORED if place % 3 == 0 else place % 3) for place in range(len(text.token_ids))
-            )
-        rows.append(ReadRow((text,), targets, sum(target != IGNORED for target in targets)))
-    return rows
-
-
-def load_peft(
-    base: HeadBase,
-    adapter: ParametrizedAdapter,
-    task: HeadTask,
-    directory: Path,
-    *,
-    is_trainable: bool = False,
-) -> Any:
-    """PEFT's model of the artifact."""
-    reference = load_reference(base.directory, KINDS[task.kind], task.num_outputs)
-    model = PeftModel.from_pretrained(
-        copy.deepcopy(reference), str(save(adapter, directory)), is_trainable=is_trainable
-    )
-    model.train(False)
-    return model
-
-
-def peft_outputs(model: Any, task: HeadTask, text: ReadText) -> Tensor:
-    """[1, outputs] of a text, [T, outputs] of its tokens, or its vector [1, E]."""
-    output = model(input_ids=torch.tensor([text.token_ids]))
-    if task.kind is TaskKind.EMBED:
-        rows: Tensor = output.last_hidden_state[0, -len(text.token_ids) :]
-        return rows.mean(0, keepdim=True)
-    logits: Tensor = output.logits
-    return logits if logits.dim() == 2 else logits[0, -len(text.token_ids) :]
-
-
-def peft_loss(model: Any, task: HeadTask, rows: list[ReadRow]) -> Tensor:
-    """The mean loss as transformers computes it, or of vectors by its definition."""
-    outputs = [peft_outputs(model, task, text) for row in rows for text in row.texts]
-    if task.loss is Loss.CONTRASTIVE:
-        vectors = functional.normalize(torch.cat(outputs), dim=1)
-        scores = vectors[::2] @ vectors[1::2].T / task.temperature
-        return nn.CrossEntropyLoss()(scores, torch.arange(len(scores)))
-    targets = torch.tensor([target for row in rows for target in row.targets])
-    logits = torch.cat(outputs)
-    if task.loss is Loss.CROSS_ENTROPY:
-        return nn.CrossEntropyLoss()(logits, targets.long())
-    if task.loss is Loss.BINARY_CROSS_ENTROPY:
-        return nn.BCEWithLogitsLoss()(logits, targets.view(logits.shape))
-    return nn.MSELoss()(logits.squeeze(), targets)
-
-
-def own_loss(base: HeadBase, adapter: ParametrizedAdapter, task: HeadTask, rows: list[ReadRow]) -> Tensor:
-    decoder = TrainingDecoder(
-        base.model, dtype=torch.float32, gradient_checkpointing=False, device=torch.device("cpu")
-    )
-    loss = HeadLoss(decoder, task).loss(collate_read(rows), adapter.lowered())
-    return loss / sum(row.num_targets for row in rows)
-
-
-def file_gradients(adapter: ParametrizedAdapter, loss: Tensor) -> dict[str, Tensor]:
-    """Of a loss with respect to the parameters, by the names of the file."""
-    gradients = torch.autograd.grad(loss, list(adapter.parameters.values()))
-    return dict(zip(adapter.parameters, gradients, strict=True))
-
-
-def peft_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    """The same of PEFT's model: its names without those of its adapter and of the wrapping of saved modules."""
-    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {
-        name.replace(".default", "").replace(".modules_to_save", ""): gradient
-        for name, gradient in zip(named, gradients, strict=True)
-        if gradient is not None
-    }
+FAMILIES = (*ENCODERS, "llama")
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_peft_s(family: str, task: str, tmp_path: Path) -> None:
-    base, adapter = made(family, "lora", TASKS[task])
+    check_gradients(family, "lora", task, tmp_path)
+
+
+@pytest.mark.parametrize("task", ["classes", "tags", "vectors"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "prompt"])
+@pytest.mark.parametrize("family", ["bert", "albert grouped", "modernbert mean"])
+def test_gradients_of_other_methods_are_peft_s_too(
+    family: str, method: str, task: str, tmp_path: Path
+) -> None:
+    """Also where layers share their weights, and where tokens see windows."""
+    check_gradients(family, method, task, tmp_path)
+
+
+def check_gradients(family: str, method: str, task: str, directory: Path) -> None:
+    base, adapter = made(family, method, TASKS[task])
     rows = random_rows(TASKS[task])
-    model = load_peft(base, adapter, TASKS[task], tmp_path, is_trainable=True)
+    model = load_peft(base.directory, adapter, TASKS[task], directory, is_trainable=True)
     loss, expected = own_loss(base, adapter, TASKS[task], rows), peft_loss(model, TASKS[task], rows)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
-    ours, theirs = file_gradients(adapter, loss), peft_gradients(model, expected)
+    ours, theirs = own_gradients(adapter, loss), peft_gradients(model, expected)
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         size = float(gradient.abs().max())
@@ -185,14 +81,44 @@ def test_artifacts_load_in_peft_with_the_same_outputs(family: str, method: str, 
         if name in ("sets", "numbers") or not has(family, method, task.kind):
             continue
         base, adapter = made(family, method, task)
-        model = load_peft(base, adapter, task, tmp_path / name)
-        decoder = TrainingDecoder(
-            base.model, dtype=torch.float32, gradient_checkpointing=False, device=torch.device("cpu")
-        )
+        model = load_peft(base.directory, adapter, task, tmp_path / name)
         rows = random_rows(task)
-        ours = HeadLoss(decoder, task).outputs(collate_read(rows), adapter.lowered())
+        ours = own_outputs(base, adapter, task, rows)
         theirs = torch.cat([peft_outputs(model, task, text) for row in rows for text in row.texts])
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=f"{family} {method} {name}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert", "albert grouped", "modernbert", "modernbert mean", "llama"])
+def test_the_engine_computes_what_was_trained(family: str, method: str, tmp_path: Path) -> None:
+    """Of any method, AdapterHub's included, on texts of which some are longer than windows."""
+    for name, task in TASKS.items():
+        base = head_base(family)
+        if name in ("sets", "numbers") or not trains(family, method, task.kind):
+            continue
+        _, adapter = made(family, method, task)
+        saved = read_saved("t", save(adapter, tmp_path / name), base.model.description)
+        rows = random_rows(task, lengths=(9, 60, 33, 4))
+        texts = [text.token_ids for row in rows for text in row.texts]
+        served = asyncio.run(encoded(base, saved, texts, task.pooling))
+        ours = own_outputs(base, adapter, task, rows).detach()
+        torch.testing.assert_close(ours, served, atol=1e-4, rtol=1e-4, msg=f"{family} {method} {name}")
+
+
+async def encoded(
+    base: HeadBase, saved: SavedAdapter, texts: list[tuple[int, ...]], pooling: Pooling | None
+) -> Tensor:
+    """What the engine makes of texts: rows one below the other."""
+    async with running_engine(base.model, lambda record: saved.lowered) as engine:
+        asked = EncodeRequest(
+            id="a",
+            inputs=tuple(texts),
+            pooling=pooling,
+            applies_head=pooling is None,
+            adapter=saved.record,
+        )
+        values = (await engine.encode(asked)).values
+    return torch.cat([torch.from_numpy(value) for value in values])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi", "qwen2"])
@@ -229,7 +155,7 @@ def test_other_decoders_artifacts_load_in_peft_too(family: str, tmp_path: Path) 
 def test_heads_beside_bottlenecks_are_laid_out_as_adapterhub_s(
     fixture: str, settings: BottleneckSettings, kind: TaskKind, classes: tuple[str, ...]
 ) -> None:
-    model = load_model("all-minilm-l6-v2", quantization="none", dtype=torch.float32)
+    model = load_base("all-minilm-l6-v2", quantization="none", dtype=torch.float32)
     golden = GOLDEN / "encoders" / fixture / "adapter"
     theirs = json.loads((golden / "head_config.json").read_text())
     task = HeadTask(kind=kind, loss=Loss.CROSS_ENTROPY, classes=classes)
@@ -246,16 +172,14 @@ def test_heads_beside_bottlenecks_are_laid_out_as_adapterhub_s(
     assert {**own, "config": None} == {**config, "config": None}
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert mean"])
 @pytest.mark.parametrize("task", TASKS)
-def test_rows_alone_are_those_of_a_batch(task: str) -> None:
+def test_rows_alone_are_those_of_a_batch(task: str, family: str) -> None:
     """Padding, which attention adds, does not show."""
-    base, adapter = made("bert", "prompt", TASKS[task])
-    decoder = TrainingDecoder(
-        base.model, dtype=torch.float32, gradient_checkpointing=False, device=torch.device("cpu")
-    )
-    losses, lowered, rows = HeadLoss(decoder, TASKS[task]), adapter.lowered(), random_rows(TASKS[task])
-    together = losses.outputs(collate_read(rows), lowered)
-    alone = torch.cat([losses.outputs(collate_read([row]), lowered) for row in rows])
+    base, adapter = made(family, "prompt", TASKS[task])
+    rows = random_rows(TASKS[task])
+    together = own_outputs(base, adapter, TASKS[task], rows)
+    alone = torch.cat([own_outputs(base, adapter, TASKS[task], [row]) for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -274,19 +198,15 @@ def test_the_contrastive_loss_is_that_of_all_other_texts() -> None:
     assert float(same) == pytest.approx(float(expected))
 
 
-def test_names_of_modules_hit_no_part_of_a_head() -> None:
-    task = TASKS["classes"]
-    for family in TRAINED:
-        config = make_adapter(LoraSettings(), "t", head_base(family).model, seed=0, head=task).config
-        modules = [*head_base(family).model.description.modules, "classifier.dense", "classifier.out_proj"]
-        hit = {path for path in modules if any(matches(path, name) for name in config["target_modules"])}
-        layers = {path for path in modules if ".layer." in path}
-        assert hit == layers
-
-
-@pytest.mark.parametrize("family", [family for family in ENCODERS if family not in TRAINED])
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_encoders_whose_layers_the_trainer_lacks_are_refused_by_name(family: str, task: HeadTask) -> None:
-    base = head_base(family).model.description
-    with pytest.raises(BaseError, match=f"{family.split()[0]} is served, but cannot be trained here"):
-        check_head(task.kind, AdapterMethod.LORA, base)
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_modules_hit_no_part_of_a_head(kind: TaskKind) -> None:
+    """Of transformers' models, whose modules PEFT compares with them."""
+    task = next(task for task in TASKS.values() if task.kind is kind)
+    for family in ENCODERS:
+        base = head_base(family)
+        names = make_adapter(LoraSettings(), "t", base.model, seed=0, head=task).config["target_modules"]
+        model = load_model(base.directory, KINDS[kind], task.num_outputs)
+        hit = {path for path, _ in model.named_modules() if any(matches(path, name) for name in names)}
+        found = [base.model.description.module_of(path) for path in hit]
+        layers = [path for path, parts in base.model.description.modules.items() if parts[0].site.layer >= 0]
+        assert sorted(map(str, found)) == sorted(layers), family

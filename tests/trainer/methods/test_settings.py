@@ -225,7 +225,10 @@ def test_what_is_recorded_names_the_linears_that_the_settings_leave_to_the_base(
     ahead = ("lm_head", "up_proj")
     rest = tuple(name for name in linears if name != "up_proj")
     assert with_named_modules(both, base) == LoraSettings(target_modules=(*ahead, *rest))
-    for settings in (LoraSettings(target_modules=("o_proj",)), Ia3Settings()):
+    factors = with_named_modules(Ia3Settings(), base)
+    assert isinstance(factors, Ia3Settings)
+    assert set(factors.output_modules) == {"k_proj", "v_proj", *(("q_proj",) if family == "phi3" else ())}
+    for settings in (LoraSettings(target_modules=("o_proj",)), Ia3Settings(output_modules=("v_proj",))):
         assert with_named_modules(settings, base) == settings
 
 

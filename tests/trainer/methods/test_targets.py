@@ -9,7 +9,6 @@ import pytest
 
 from manyhats.adapters.sites import BaseDescription
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.methods.head import UNTRAINED
 from manyhats.trainer.methods.targets import choose_modules, matches, with_named_modules
 from manyhats.trainer.settings.methods import ALL_LINEARS, Ia3Settings, LoraSettings
 from support.factories.tiny_encoders import ENCODERS, make_encoder
@@ -47,21 +46,44 @@ def test_all_linears_are_those_of_the_layers_by_any_name(family: str, tmp_path: 
         assert found == layers_of(base)
 
 
-@pytest.mark.parametrize("family", [family for family in ENCODERS if family.split()[0] not in UNTRAINED])
-def test_linears_have_one_name_on_all_families(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [*ENCODERS, *FUSED])
+def test_ia3_s_defaults_are_of_all_families(family: str, tmp_path: Path) -> None:
     base = describe(family, tmp_path)
-    for setting in (Ia3Settings().output_modules, Ia3Settings().input_modules):
-        chosen = choose_modules(setting, "names", base)
-        sites = {part.site.name for target in chosen.targets for part in target.parts}
-        assert sites == set(setting)
-        assert len(chosen.targets) == len(setting) * base.num_layers
+    named = with_named_modules(Ia3Settings(), base)
+    assert isinstance(named, Ia3Settings)
+    are_apart = all(len(parts) == 1 for parts in base.modules.values() if parts[0].site.name == "q_proj")
+    keys = {"k_proj", "v_proj"}
+    for names, sites in (
+        (named.output_modules, keys if are_apart else {"q_proj", *keys}),
+        (named.input_modules, {"down_proj"}),
+    ):
+        chosen = choose_modules(names, "names", base)
+        assert {part.site.name for target in chosen.targets for part in target.parts} == sites
+        num_modules = len(sites) if are_apart else 1
+        assert len(chosen.targets) == num_modules * base.num_layers
         found = {path for path in base.modules if any(matches(path, name) for name in chosen.names)}
         assert found == {target.module for target in chosen.targets}
+
+
+def test_keys_alone_are_no_module_where_queries_are_with_them(tmp_path: Path) -> None:
+    base, asked = describe("modernbert", tmp_path), Ia3Settings(output_modules=("k_proj",))
+    assert with_named_modules(asked, base) == asked
+    with pytest.raises(SettingError, match="q_proj, k_proj, v_proj in one module, Wqkv: name that"):
+        choose_modules(asked.output_modules, "output_modules", base)
 
 
 def test_names_that_are_none_s_are_refused_with_those_that_are(tmp_path: Path) -> None:
     base = describe("bert", tmp_path)
     with pytest.raises(SettingError, match=r"'gate_proj' is not a linear of this base; it has .*query"):
         choose_modules(("gate_proj",), "target_modules", base)
-    with pytest.raises(SettingError, match=r"'dense' also names pooler\.dense, which is part of heads"):
+    with pytest.raises(SettingError, match=r"'dense' also names bert\.pooler\.dense, which is part of heads"):
         choose_modules(("dense",), "target_modules", base)
+
+
+def test_names_are_a_head_s_where_transformers_model_has_them(tmp_path: Path) -> None:
+    """RoBERTa's has a pooler if it has no head, though none reads it; ALBERT's is called otherwise than a linear."""
+    roberta, albert = describe("roberta", tmp_path / "roberta"), describe("albert", tmp_path / "albert")
+    with pytest.raises(SettingError, match=r"'dense' also names (pooler|classifier)\.dense"):
+        choose_modules(("dense",), "target_modules", roberta)
+    (target,) = choose_modules(("dense",), "target_modules", albert).targets
+    assert target.module == "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.dense"

@@ -80,7 +80,12 @@ two_way = st.builds(
     rows=st.lists(lengths, min_size=1, max_size=4).map(tuple),
     num_kv_heads=st.sampled_from((1, 2)),
     group=st.sampled_from((1, 3)),
-    spec=st.just(attention(0.35, sees_all=True)),
+    spec=st.builds(
+        attention,
+        scale=st.just(0.35),
+        window=st.sampled_from((None, 1, 6, BLOCK, BLOCK + 1)),
+        sees_all=st.just(True),
+    ),
     seed=st.integers(0, 99),
 )
 
@@ -96,12 +101,12 @@ def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
     out = torch.empty_like(queries)
     for number, row in enumerate(rows):
         for token in row:
-            last = row.stop if spec.sees_all else token + 1
-            seen = [*(range(shared) if number else ()), *range(row.start, last)]
-            all_keys = torch.cat((prefix_keys, keys[seen]))
-            all_values = torch.cat((prefix_values, values[seen]))
-            if spec.window is not None:
-                all_keys, all_values = all_keys[-spec.window :], all_values[-spec.window :]
+            before = [*(range(shared) if number else ()), *range(row.start, token)]
+            own = [*before, *range(token, row.stop if spec.sees_all else token + 1)]
+            place = population.num_prefix + len(before)
+            seen = spec.seen(place, population.num_prefix + len(own))
+            all_keys = torch.cat((prefix_keys, keys[own]))[seen.start : seen.stop]
+            all_values = torch.cat((prefix_values, values[own]))[seen.start : seen.stop]
             wide_keys, wide_values = (
                 part.repeat_interleave(population.group, dim=1) for part in (all_keys, all_values)
             )
@@ -113,7 +118,7 @@ def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
 
 
 @given(populations | two_way)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 def test_outputs_and_gradients_are_those_of_the_definition(population: Population) -> None:
     tensors = population.tensors()
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(7))

@@ -1,4 +1,4 @@
-"""Accuracy and F1 by their definitions, entities as the server makes them, and the places of right texts."""
+"""Accuracy and F1 by their definitions, and the places of right texts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.engine.text.tokenizer import TokenSpan
-from manyhats.server.service.entities import Aggregation
-from manyhats.server.service.entities import entities as server_entities
 from manyhats.trainer.data.head_tokens import NOTHING
 from manyhats.trainer.report.head_scoring import ranks
 from manyhats.trainer.report.metrics import (
-    entities,
     macro_f1,
     of_class_sets,
     of_classes,
@@ -21,8 +17,6 @@ from manyhats.trainer.report.metrics import (
     of_ranks,
     of_tags,
 )
-
-TAGS = ("O", "B-A", "I-A", "B-B", "I-B", "B")
 
 
 def test_classes() -> None:
@@ -53,15 +47,6 @@ def test_sets_of_classes() -> None:
 def test_numbers() -> None:
     assert of_numbers(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))["pearson"] == pytest.approx(1)
     assert of_numbers(np.array([1.0, 1.0]), np.array([2.0, 4.0])) == {}
-
-
-@given(st.lists(st.sampled_from(TAGS), min_size=1, max_size=12))
-def test_entities_are_those_the_server_makes(tags: list[str]) -> None:
-    text = " ".join("x" * len(tags))
-    spans = [TokenSpan(2 * place, 2 * place + 1, place) for place in range(len(tags))]
-    scores = np.eye(len(TAGS))[[TAGS.index(tag) for tag in tags]]
-    found = server_entities(text, spans, scores, TAGS, Aggregation.FIRST)
-    assert [(each.label, each.start // 2, (each.end + 1) // 2) for each in found] == entities(tags)
 
 
 def test_tags_of_entities() -> None:

@@ -18,6 +18,7 @@ from manyhats.trainer.settings.methods import (
     PromptSettings,
     PTuningSettings,
 )
+from manyhats.trainer.settings.settings import with_quantization
 from manyhats.trainer.settings.settings_file import METHODS, make_settings, read_file, read_settings
 
 MINIMUM = {"task": "sql", "data": "rows.jsonl"}
@@ -36,7 +37,7 @@ def test_every_method_needs_a_task_and_data_only(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "quantization"),
-    [(name, "none" if name == "lora" else "nf4") for name in METHODS],
+    [(name, {"lora": "none", "qlora": "nf4"}.get(name, "auto")) for name in METHODS],
 )
 def test_quantization_of_each_method_unless_told(method: str, quantization: str) -> None:
     assert settings_of(method).model.quantization == quantization
@@ -45,8 +46,14 @@ def test_quantization_of_each_method_unless_told(method: str, quantization: str)
 def test_quantization_that_is_asked_for() -> None:
     assert settings_of("lora", quantization="nf4").model.quantization == "nf4"
     assert settings_of("prefix", quantization="none").model.quantization == "none"
+    assert settings_of("lora", quantization="auto").model.quantization == "auto"
     with pytest.raises(SettingError, match=r"^quantization: qlora needs nf4"):
         settings_of("qlora", quantization="none")
+
+
+def test_what_is_left_to_the_base_is_recorded_as_it_is() -> None:
+    assert with_quantization(settings_of("ia3"), "none").model.quantization == "none"
+    assert with_quantization(settings_of("ia3", quantization="nf4"), "none").model.quantization == "nf4"
 
 
 def test_dora_is_lora_with_magnitudes() -> None:

@@ -60,7 +60,9 @@ def test_a_shared_setting_of_some_methods_is_for_their_tasks(tmp_path: Path) -> 
 
 
 def test_all_are_on_one_base(tmp_path: Path) -> None:
-    assert {each.model.quantization for each in tasks_of(tmp_path, [SQL, CHAT])} == {"nf4"}
+    assert {each.model.quantization for each in tasks_of(tmp_path, [SQL, CHAT])} == {"auto"}
+    quantized = tasks_of(tmp_path, [SQL, CHAT, {**SQL, "task": "q", "method": "qlora"}])
+    assert {each.model.quantization for each in quantized} == {"nf4"}
     dense = tasks_of(tmp_path, [SQL, CHAT], quantization="none")
     assert {each.model.quantization for each in dense} == {"none"}
     with pytest.raises(SettingError, match=r"^tasks\[q\]\.quantization: qlora needs nf4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -49,14 +50,23 @@ class FileLock:
     @contextlib.contextmanager
     def _held(self, operation: int) -> Iterator[None]:
         with store_errors():
-            # Writable, for network file systems lock nothing else.
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self._path, flags, 0o644)
+            descriptor = self._opened(operation)
         try:
             self._wait(descriptor, operation)
             yield
         finally:
             os.close(descriptor)
+
+    def _opened(self, operation: int) -> int:
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            # Writable, for network file systems lock nothing else.
+            return os.open(self._path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EROFS or operation != fcntl.LOCK_SH:
+                raise
+            # Nobody can remove what is read there.
+            return os.open(self._path, flags | os.O_RDONLY)
 
     def _wait(self, descriptor: int, operation: int) -> None:
         """Polls, because a blocking call could not be given up."""

@@ -52,6 +52,7 @@ _OTHER_DTYPES = frozenset(
         "F4",
     )
 )
+_KNOWN_DTYPES = _OTHER_DTYPES | _SERVED_DTYPES.keys()
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 2**48
 _MAX_NAME_LENGTH = 512
@@ -193,7 +194,7 @@ def _parse_entry(name: str, entry: Any) -> TensorSpec:
 
 
 def _parse_dtype(name: str, dtype: Any) -> torch.dtype:
-    if not isinstance(dtype, str) or dtype not in _OTHER_DTYPES | _SERVED_DTYPES.keys():
+    if not isinstance(dtype, str) or dtype not in _KNOWN_DTYPES:
         raise AdapterInvalidError(name, f"has the unknown dtype {shown(str(dtype))}")
     if dtype not in _SERVED_DTYPES:
         served = ", ".join(_SERVED_DTYPES)

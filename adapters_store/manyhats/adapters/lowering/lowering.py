@@ -101,8 +101,8 @@ def check(candidate: Candidate, method: Method, base: BaseDescription, limits: A
         find_adapterhub_head(candidate.head_config, candidate.head_shapes, base)
     head = find_head(candidate.config, candidate.shapes, base)
     if head is not None:
-        config, shapes = without_head(candidate.config), head.others(candidate.shapes)
-        candidate = replace(candidate, config=config, shapes=shapes)
+        config, shapes = without_head(candidate.config, head), head.others(candidate.shapes)
+        candidate, base = replace(candidate, config=config, shapes=shapes), base.for_reading()
     method.check(candidate, base, limits)
 
 
@@ -119,9 +119,9 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     if head is None:
         lowered, of_pooler = _without_pooler(_of_base(method.lower(artifact, base), base))
         return replace(lowered, head=_own_head(artifact, base, of_pooler))
-    config, tensors = without_head(artifact.config), head.others(artifact.tensors)
+    config, tensors = without_head(artifact.config, head), head.others(artifact.tensors)
     lowered, of_pooler = _without_pooler(
-        _of_base(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
+        _of_base(method.lower(replace(artifact, config=config, tensors=tensors), base.for_reading()), base)
     )
     task_head = head.lower(artifact.tensors, base, of_pooler)
     if isinstance(lowered.prefix, PromptEmbeddings):

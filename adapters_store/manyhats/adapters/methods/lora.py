@@ -46,7 +46,7 @@ from manyhats.adapters.formats.peft.lora_tensors import (
     check_parameters,
     place_lora,
 )
-from manyhats.adapters.formats.peft.module_selection import check_selected
+from manyhats.adapters.formats.peft.module_selection import check_selected, is_tying_ensured
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
@@ -100,7 +100,10 @@ def place(candidate: Candidate, base: BaseDescription) -> tuple[LoraPlacements, 
     """
     config = parse_lora_config(candidate.config)
     saved = find_saved_modules(candidate.config, candidate.shapes, base)
-    return place_lora(config, candidate.shapes, saved, base, candidate.base_model), saved
+    placements = place_lora(config, candidate.shapes, saved, base, candidate.base_model)
+    if is_tying_ensured(candidate.config, base):
+        placements.check_tying(base)
+    return placements, saved
 
 
 def place_artifact(artifact: AdapterArtifact, base: BaseDescription) -> tuple[LoraPlacements, SavedModules]:

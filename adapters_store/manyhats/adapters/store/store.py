@@ -160,6 +160,26 @@ class AdapterStore:
             raise ArgumentInvalidError("task_id", "must name the version to activate, as in 'task@3'")
         return self._catalogue.activate(parsed.task_id, parsed.version)
 
+    def set_pin(self, name: str, *, is_pinned: bool) -> AdapterRecord:
+        """Mark what servers are to keep in memory; those that have this store open see it with ``refresh``.
+
+        Args:
+            name: ``task@3`` for one version; ``task`` for whichever is its active one, now and later.
+            is_pinned: False takes the mark away again: from ``task@3``, or with ``task`` from all that the task has.
+
+        Returns:
+            The version that the name refers to now; it may still be pinned by its task's name.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: there is none.
+            StoreError: the catalogue cannot be written.
+        """
+        return self._catalogue.set_pin(parse_name(name), is_pinned=is_pinned)
+
+    def pinned(self) -> tuple[AdapterRecord, ...]:
+        """The versions that are to stay in memory; a look-up in memory."""
+        return tuple(self._catalogue.pinned())
+
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
     ) -> tuple[AdapterRecord, ...]:
@@ -204,6 +224,22 @@ class AdapterStore:
         """
         return self._catalogue.refresh()
 
+    def check_reads(self) -> None:
+        """Check, cheaply, that stored artifacts can be read.
+
+        Raises:
+            StoreUnavailableError: none can.
+        """
+        self._storage.check_reads()
+
+    def check_writes(self) -> None:
+        """Check, cheaply, that artifacts can be stored.
+
+        Raises:
+            StoreError: none can.
+        """
+        self._storage.check_writes()
+
     def load(self, record: AdapterRecord) -> LoadedVersion:
         """Read a version's stored artifacts into memory.
 
@@ -220,6 +256,21 @@ class AdapterStore:
                 raise self._loss(record) from None
             artifacts.append(parse_artifact(files, part.digest, self._limits))
         return LoadedVersion(record, tuple(artifacts))
+
+    @property
+    def is_far(self) -> bool:
+        """Whether ``load`` waits for a network where nothing was fetched."""
+        return self._storage.is_far
+
+    def fetch(self, record: AdapterRecord) -> None:
+        """Bring a version's artifacts from object storage to the local cache, if there is one, for ``load``.
+
+        Raises:
+            DataLossError: its files are not those that were registered.
+            StoreUnavailableError: the storage fails.
+        """
+        for part in record.parts:
+            self._storage.fetch(part.digest)
 
     def read_text(self, record: AdapterRecord) -> tuple[Mapping[str, bytes | bytearray], ...]:
         """The text files of a version, name → content; one mapping for each part that has any.

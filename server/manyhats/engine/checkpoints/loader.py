@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.formats.base_name import has_form_of_path
 from manyhats.adapters.heads import Pooling
-from manyhats.adapters.sites import HEAD, BaseDescription, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
     assemble_weights,
@@ -75,6 +75,7 @@ class LoadedModel:
         name: what to call it: the alias, hub id, or the directory's name.
         reference: how transformers and PEFT load it: the hub id, or the directory's absolute path.
         quantization: of the layers' linears.
+        usual_quantization: that of ``auto``.
         texts: reads the chat templates and tokens that adapters bring.
     """
 
@@ -86,6 +87,7 @@ class LoadedModel:
     name: str
     reference: str
     quantization: Quantization
+    usual_quantization: Quantization
     texts: TaskTexts
 
     @property
@@ -130,8 +132,11 @@ def load_model(
     located = locate_model(source, home, progress)
     digests = FileDigests(home / "digests")
     found = _find(located.directory, max_context_length, digests)
+    usual = usual_quantization(
+        found.family.architecture, is_stored_nf4=check_quantization_config(found.config)
+    )
     if quantization == "auto":
-        quantization = _auto_quantization(found)
+        quantization = usual
     tensors = _read_tensors(found, quantization, Nf4Cache(home / "nf4", digests), progress)
     tokenizer = Tokenizer.from_directory(located.directory)
     family = found.family.in_dtype(dtype)
@@ -158,6 +163,7 @@ def load_model(
         name=located.name,
         reference=located.reference,
         quantization=quantization,
+        usual_quantization=usual,
         texts=texts,
     )
 
@@ -184,15 +190,10 @@ def _find(directory: Path, max_context_length: int | None, digests: FileDigests)
     return _Found(directory, config, sentences, family, digest)
 
 
-def _auto_quantization(found: _Found) -> Quantization:
-    if check_quantization_config(found.config):
-        return "nf4"
-    return usual_quantization(found.family.architecture)
-
-
-def usual_quantization(architecture: Architecture) -> Quantization:
-    """That of ``auto``, unless the checkpoint itself is in NF4."""
-    return "nf4" if architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4 else "none"
+def usual_quantization(architecture: Architecture, *, is_stored_nf4: bool) -> Quantization:
+    """That of ``auto``."""
+    is_large = architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4
+    return "nf4" if is_stored_nf4 or is_large else "none"
 
 
 def _read_tensors(
@@ -280,7 +281,7 @@ class ModelWeightSource:
     weights: Weights = field(compare=False, repr=False)
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
+        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear, the embedding or ``lm_head``.
 
         Raises:
             ModelError: the site is not a linear of this model.
@@ -304,6 +305,8 @@ class ModelWeightSource:
         return norm.weight, norm.bias
 
     def _linear(self, site: Site) -> Linear | None:
+        if site == EMBEDDING:
+            return Linear(self.weights.embedding)
         if site == HEAD:
             return self.weights.head
         if site.layer < 0:

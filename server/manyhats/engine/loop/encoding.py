@@ -79,24 +79,22 @@ class Encoding:
         """Keep what is pooled of a chunk's rows; answer when the last text has run.
 
         Raises:
-            NumericalError: they are not finite.
+            NumericalError: they are not finite, or what the head makes of them is not.
         """
         index, pooled = self._running[chunk.sequence]
-        if not np.isfinite(answer.hidden).all():
-            raise NumericalError("the hidden values are not finite")
-        pooled.add(answer.hidden)
+        pooled.add(_finite(answer.hidden, "the hidden values"))
         if not chunk.ends_tokens:
             return None
+        self._results[index] = _finite(applied(self._head, pooled.rows()), "the outputs of the task's head")
         del self._running[chunk.sequence]
         scheduler.finish(chunk.sequence)
-        self._results[index] = applied(self._head, pooled.rows())
         self._queue(scheduler, now_s)
         if self._running:
             return None
         self.is_done = True
         self._meter.end_prefill(now_s)
-        values = tuple(self._results[index] for index in range(len(self._request.inputs)))
-        return EncodeOutput(values, self._meter.usage(now_s))
+        found = tuple(self._results[index] for index in range(len(self._request.inputs)))
+        return EncodeOutput(found, self._meter.usage(now_s))
 
     def drop(self, scheduler: Scheduler) -> None:
         """Free every sequence's blocks."""
@@ -194,6 +192,12 @@ class Pooled:
         if self._sum is not None:
             return (self._sum / self._num_rows).astype(np.float32)[None]
         return np.concatenate(self._parts)
+
+
+def _finite(values: Hidden, what: str) -> Hidden:
+    if not np.isfinite(values).all():
+        raise NumericalError(f"{what} are not finite")
+    return values
 
 
 def applied(head: TaskHead | None, rows: Hidden) -> Hidden:

@@ -22,12 +22,15 @@ from manyhats.engine.backends.wants import NO_TARGETS, Outcome, Targets, Wants, 
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
+    NoMemoryError,
     NumericalError,
     RequestCancelledError,
     RequestFailedError,
+    is_out_of_memory,
 )
 from manyhats.engine.loop.job import Answer, Event, Job, Want
 from manyhats.engine.loop.plan import step_plan
+from manyhats.engine.loop.watch import Allowance
 from manyhats.engine.output import StepStats
 from manyhats.engine.sampling.sampler import check_row, choices_of
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
@@ -84,8 +87,12 @@ class _Part:
 class Step:
     """Runs jobs to their end. Not thread-safe; ``Loop`` runs it on a thread.
 
-    An exception from a job ends only that job; one from the step as a whole, such as the forward, ends the step's jobs.
+    An exception from a job ends only that job; one from the step as a whole, such as the forward, ends the step's jobs,
+    but if there was no memory for it, only the newest.
     One from the scheduler ends all jobs, since it may be in any state: it then starts over.
+
+    Attributes:
+        allowance: how long the step that runs may take.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Step:
         self._vocab_size = vocab_size
         self._jobs: dict[str, Job[Any]] = {}
         self._num_failed_steps = 0  # since the last one that succeeded
+        self.allowance = Allowance()
 
     @property
     def has_work(self) -> bool:
@@ -155,18 +163,26 @@ class Step:
         if not schedule.chunks:
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
+        is_computed = False
+        self.allowance.begin(schedule.num_tokens)
         try:
             plan = step_plan(schedule, self._cache.block_size)  # while every sequence has its blocks
             parts = self._parts(schedule, events)
             self._fill_prefixes(schedule)
             logits = self._model.forward(plan, self._cache, self._adapters)
             outcome = logits.finish(self._wants(parts)).result()
+            is_computed = True
             self._commit(schedule, parts, outcome, events)
         except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
-            self._fail_step(schedule, error, events)
+            if is_out_of_memory(error) and not is_computed:
+                self._shed(schedule, error, events)
+            else:
+                self._fail_step(schedule, error, events)
             return StepResult(tuple(events), None)
         self._num_failed_steps = 0
-        return StepResult(tuple(events), _stats(schedule, time.monotonic() - started))
+        elapsed_s = time.monotonic() - started
+        self.allowance.end(elapsed_s)
+        return StepResult(tuple(events), _stats(schedule, elapsed_s))
 
     def _fill_prefixes(self, schedule: Schedule) -> None:
         for fill in schedule.prefix_fills:
@@ -287,6 +303,8 @@ class Step:
         return self._fail(job, error if isinstance(error, EngineError) else _unexpected(error, job.id))
 
     def _fail(self, job: Job[Any], error: EngineError) -> Event:
+        if isinstance(error, NumericalError):
+            self.scheduler.distrust(job.id)
         try:
             job.drop(self.scheduler)
         except Exception as failure:  # noqa: BLE001 whatever it is, other jobs have no part in it
@@ -300,6 +318,17 @@ class Step:
             )
         del self._jobs[job.id]
         return Event(job.id, error, True)
+
+    def _shed(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
+        """End one job of a step that there was no memory for, the newest, which has the least to lose.
+
+        The others' rows run again in the next step, to the same results.
+        """
+        sequences = [chunk.sequence for chunk in schedule.chunks if chunk.sequence.id in self._jobs]
+        if sequences:
+            newest = max(sequences, key=_newness)
+            events.append(self._failed(self._jobs[newest.id], error))
+        self.scheduler.undo(schedule)
 
     def _fail_step(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
         """End the jobs of a step that failed as a whole; the others continue."""
@@ -318,6 +347,11 @@ class Step:
         for fill in schedule.prefix_fills:
             self.scheduler.forget(fill.virtual)  # it may not have got that far
         self.scheduler.commit(schedule)  # all its sequences are finished, and their blocks become free
+
+
+def _newness(sequence: Sequence) -> tuple[bool, bool, float]:
+    """The engine's own first; a scoring's continuations have waited longer than they say."""
+    return sequence.is_internal, not sequence.is_continuation, sequence.arrival
 
 
 def _targets(parts: Seq[_Part]) -> Targets:
@@ -375,8 +409,11 @@ def _int64(values: Iterable[int]) -> npt.NDArray[np.int64]:
     return np.fromiter(values, dtype=np.int64)
 
 
-def _unexpected(error: Exception, *job_ids: str) -> RequestFailedError:
+def _unexpected(error: Exception, *job_ids: str) -> EngineError:
     """What callers are told; the details are logged."""
+    if is_out_of_memory(error):
+        _log.error("there was no memory for a request", jobs=job_ids, exc_info=error)
+        return NoMemoryError()
     failure = RequestFailedError(uuid.uuid4().hex)
     failure.__cause__ = error
     _log.error("a request failed in the engine", jobs=job_ids, error_id=failure.error_id, exc_info=error)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -17,6 +19,7 @@ from manyhats.engine.loop.job import Event
 from manyhats.engine.loop.private_run import PrivateRun
 from manyhats.engine.loop.step import Step
 from manyhats.engine.loop.streams import Streams
+from manyhats.engine.loop.watch import Watch
 from manyhats.engine.output import StepStats
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from manyhats.engine.threads.background import Background
@@ -24,7 +27,6 @@ from manyhats.engine.threads.background import Background
 _HEARTBEAT_S = 0.5
 _PAUSED_S = 0.05
 _RETRY_S = 0.002
-_STANDSTILL_S = 5.0
 _log = structlog.get_logger(__name__)
 
 Command = Callable[[], tuple[Event, ...]]
@@ -45,8 +47,8 @@ class Loop:
         background: the process's other work.
         on_step: called with each step's statistics, on the thread.
         failure: the error that ended the thread, if any.
-        heartbeat_s: ``time.time()`` of the last turn.
-        is_at_standstill: there are jobs, but none has made progress for some seconds.
+        heartbeat_s: ``time.time()`` of the last turn, unless there are jobs of which none got on.
+        watch: says for how long there has been none.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._prepared: Future[None] = Future()
         self._is_stopping = False
-        self._stuck_since_s: float | None = None
-        self.is_at_standstill = False
+        self._is_stuck = False
+        self.watch = Watch(lambda: self.heartbeat_s, lambda: self._is_stuck, lambda: step.allowance.seconds)
         self.failure: BaseException | None = None
         self.heartbeat_s = 0.0
 
@@ -114,6 +116,12 @@ class Loop:
         """Wake the thread to check for work; callable from any thread."""
         self._inbox.put(None)
 
+    @property
+    def position(self) -> str:
+        """Where the thread is now, its innermost call last; callable from any other thread."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
     def stop(self) -> None:
         """Ask the thread to end after the current step; callable from any thread."""
         self._is_stopping = True
@@ -133,12 +141,14 @@ class Loop:
             self._prepared.set_exception(error)
             return
         self.heartbeat_s = time.time()
+        self.watch.start(threading.current_thread())
         self._prepared.set_result(None)
         try:
             while not self._is_stopping:
                 self._turn()
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
+        self.watch.stop()
         self.streams.end("the engine has ended" if self.failure is None else "the engine failed")
         if self.failure is not None:
             _log.error("engine died", exc_info=self.failure)
@@ -153,27 +163,24 @@ class Loop:
                 self.on_step(result.stats)
             elif result.is_stuck:
                 time.sleep(_RETRY_S)
-            self._note_standstill(result.is_stuck)
-        self.heartbeat_s = time.time()
+            self._note_stuck(result.is_stuck)
+        else:
+            self._note_stuck(False)
+        if not self._is_stuck:
+            self.heartbeat_s = time.time()
         if not self.streams.publish(events):
             self._is_stopping = True
 
-    def _note_standstill(self, is_stuck: bool) -> None:
-        """Log and report a standstill, which should never happen, so that readiness and health show it."""
-        if not is_stuck:
-            if self.is_at_standstill:
-                _log.info("requests make progress again")
-            self._stuck_since_s, self.is_at_standstill = None, False
+    def _note_stuck(self, is_stuck: bool) -> None:
+        """Log when jobs stop to get on, which should never happen, and when they do again."""
+        if is_stuck == self._is_stuck:
             return
-        now_s = time.monotonic()
-        if self._stuck_since_s is None:
-            self._stuck_since_s = now_s
-        elif now_s - self._stuck_since_s >= _STANDSTILL_S and not self.is_at_standstill:
-            self.is_at_standstill = True
+        self._is_stuck = is_stuck
+        if is_stuck:
             scheduler = self.step.scheduler
-            _log.error(
-                "no request makes progress", running=scheduler.num_running, waiting=scheduler.num_waiting
-            )
+            _log.warning("no request gets on", running=scheduler.num_running, waiting=scheduler.num_waiting)
+        else:
+            _log.info("requests get on again")
 
     def _take_commands(self) -> list[Event]:
         """Run the queued commands; wait for one if there is nothing to do."""

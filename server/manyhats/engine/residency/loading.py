@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,20 @@ from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.residency import MAX_LOADS, AdapterResidency
 from manyhats.engine.threads.awaiting import outlived
 from manyhats.engine.threads.background import Background
+
+MAX_FETCHES = 8
+"""Adapters that are brought nearer at a time: more than are loaded, since they wait for a network."""
+
+FetchAdapter = Callable[[AdapterRecord], None]
+"""Brings an artifact from afar to where it can be loaded quickly; returns at once if it is there."""
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """An artifact on its way, and how many wait for it."""
+
+    done: Future[None]
+    num_waiting: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -32,14 +46,24 @@ class AdapterLoading:
     """``AdapterResidency`` for an event loop, on which everything here is called unless stated otherwise.
 
     While others are being loaded, or memory is full of adapters in use, requests for one that is not in memory wait,
-    first come, first served; all that wait for the same adapter get it together. No thread waits with them.
+    first come, first served; all that wait for the same adapter get it together. No thread waits with them. What is
+    far is fetched before it queues to be loaded, so that nobody whose adapter is near waits for a network.
+
+    Args:
+        residency: the adapters in memory.
+        background: makes the threads.
+        fetch: called on threads that do not load; None if all artifacts are near.
     """
 
-    def __init__(self, residency: AdapterResidency, background: Background) -> None:
+    def __init__(
+        self, residency: AdapterResidency, background: Background, fetch: FetchAdapter | None = None
+    ) -> None:
         self.residency = residency
+        self._fetch = fetch
+        self._fetchers = background.threads(MAX_FETCHES, "adapter-fetcher", is_work=False)
+        self._fetches: dict[str, _Fetch] = {}
         self._threads = background.threads(MAX_LOADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
-        self._tasks: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -51,9 +75,9 @@ class AdapterLoading:
         return self._names.total()
 
     @property
-    def waiting_tasks(self) -> frozenset[str]:
-        """Their task ids; callable from any thread."""
-        return frozenset(self._tasks)
+    def waiting(self) -> frozenset[str]:
+        """The names of their versions; callable from any thread."""
+        return frozenset(self._names)
 
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a request for this version is waiting; callable from any thread."""
@@ -86,6 +110,19 @@ class AdapterLoading:
         """
         (await self._lease(record, lowered, max_wait_s)).release()
 
+    async def pin(self, record: AdapterRecord, *, max_wait_s: float) -> None:
+        """Load an adapter, and keep it in memory until ``AdapterResidency.unpin``.
+
+        Raises:
+            PinLimitError: the pinned adapters would not fit in memory.
+            AdapterError, AdapterCapacityError, DrainingError: as ``warm``.
+        """
+        lease = await self._lease(record, None, max_wait_s)
+        try:
+            self.residency.pin(record.digest)
+        finally:
+            lease.release()
+
     def close(self) -> None:
         """Start no more loads, and end every wait; loads in progress continue."""
         self._is_closed = True
@@ -95,30 +132,48 @@ class AdapterLoading:
                     waiter.leased.set_exception(_closed())
         self._queue.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def _counted(self, record: AdapterRecord) -> Iterator[None]:
-        counters = ((self._tasks, record.task_id), (self._names, record.name))
-        for counter, key in counters:
-            counter[key] += 1
+        self._names[record.name] += 1
         try:
             yield
         finally:
-            for counter, key in counters:
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+            self._names[record.name] -= 1
+            if not self._names[record.name]:
+                del self._names[record.name]
 
     async def _lease(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, max_wait_s: float | None
     ) -> Lease:
-        lease = self._begun(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
+        lease = self.residency.lease(record, None)
+        if lease is None:
+            if lowered is None:
+                await self._fetched(record)
+            lease = self._begun(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
         try:
             await outlived(asyncio.wrap_future(lease.adapter.loaded))
         except asyncio.CancelledError:
             _release_unused(lease)
             raise
         return lease
+
+    async def _fetched(self, record: AdapterRecord) -> None:
+        """Wait until an artifact is near, or cannot be brought there: then loading it says why."""
+        if self._fetch is None or self._is_closed:
+            return
+        fetch = self._fetches.get(record.digest)
+        if fetch is None:
+            fetch = self._fetches[record.digest] = _Fetch(self._fetchers.submit(_tried, self._fetch, record))
+        fetch.num_waiting += 1
+        try:
+            await asyncio.wait([asyncio.wrap_future(fetch.done)])  # not cancelled with its caller
+        finally:
+            fetch.num_waiting -= 1
+            if not fetch.num_waiting:  # nobody else waits: if it has not begun it need not
+                fetch.done.cancel()
+                del self._fetches[record.digest]
 
     async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Lease:
         """A lease, with its load begun, when this one's turn has come."""
@@ -182,6 +237,12 @@ class AdapterLoading:
     def _give_up_cancelled(self, record: AdapterRecord, filling: Future[None]) -> None:
         if filling.cancelled():
             self.residency.give_up(record, _closed())
+
+
+def _tried(fetch: FetchAdapter, record: AdapterRecord) -> None:
+    """Fetch, without an error: the load that follows meets it again, and tells those who wait."""
+    with contextlib.suppress(Exception):
+        fetch(record)
 
 
 def _release_unused(lease: Lease) -> None:

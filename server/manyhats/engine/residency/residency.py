@@ -1,4 +1,4 @@
-"""Which adapters are in memory: keeps those that requests hold, and evicts the least recently used of the others."""
+"""Which adapters are in memory: keeps those held or pinned, and evicts the least recently used of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, PinLimitError
 from manyhats.engine.residency.lease import Lease, ResidentAdapter
 from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter, Tier
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
@@ -29,13 +29,17 @@ LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """Counts since the start, with evictions from memory and from slots separate, and the current bytes."""
+    """Counts since the start, with evictions from memory and from slots separate, and the current bytes.
+
+    ``pinned_bytes`` are those of ``resident_bytes`` that stay.
+    """
 
     num_loads: int
     num_evictions: int
     num_slot_evictions: int
     load_seconds: float
     resident_bytes: int
+    pinned_bytes: int = 0
 
 
 class AdapterResidency:
@@ -48,7 +52,7 @@ class AdapterResidency:
     Args:
         slots: the backend's.
         num_slots: how many of them adapters use, from slot 1 on.
-        max_bytes: of adapters in memory; leased ones stay, whatever they take.
+        max_bytes: of adapters in memory; leased ones stay, whatever they take, and pinned ones take no more than that.
         load: reads and lowers them.
         kv_capacity: of the KV cache, in tokens.
         forget: frees the blocks of virtual tokens, at once or soon.
@@ -79,7 +83,14 @@ class AdapterResidency:
     @property
     def stats(self) -> ResidencyStats:
         """A snapshot."""
-        return replace(self._stats, num_slot_evictions=self._device.num_evictions)
+        with self._lock:
+            return replace(
+                self._stats, num_slot_evictions=self._device.num_evictions, pinned_bytes=self._pinned_bytes
+            )
+
+    @property
+    def _pinned_bytes(self) -> int:
+        return sum(adapter.num_bytes for adapter in self._adapters.values() if adapter.is_pinned)
 
     def call_on_room(self, callback: Callable[[], None]) -> None:
         """Call ``callback``, on any thread, whenever there may be room for one more adapter."""
@@ -94,11 +105,11 @@ class AdapterResidency:
                 if adapter.is_loaded and not adapter.is_forgotten
             }
 
-    def tasks_without_slot(self) -> frozenset[str]:
-        """The task ids of requests whose adapter is loaded but has no slot."""
+    def without_slot(self) -> frozenset[str]:
+        """The names of versions that requests hold, and that are loaded but have no slot."""
         with self._lock:
             return frozenset(
-                name.rpartition("@")[0]
+                name
                 for adapter in self._held
                 if adapter.placement is not None and adapter.placement.slot is None
                 for name in adapter.pins
@@ -169,13 +180,39 @@ class AdapterResidency:
         adapter.loaded.set_exception(error)
         self._on_room()
 
+    def pin(self, digest: str) -> None:
+        """Keep a leased adapter in memory until ``unpin``, or until it is forgotten.
+
+        Raises:
+            PinLimitError: all pinned ones together would exceed ``max_bytes``.
+        """
+        with self._lock:
+            adapter = self._adapters[digest]
+            pinned_bytes = self._pinned_bytes
+            if not adapter.is_pinned and pinned_bytes + adapter.num_bytes > self.max_bytes:
+                raise PinLimitError(adapter.num_bytes, pinned_bytes, self.max_bytes)
+            adapter.is_pinned = True
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter make room for others again."""
+        with self._lock:
+            adapter = self._adapters.get(digest)
+            if adapter is not None:
+                adapter.is_pinned = False
+        self._on_room()
+
+    def pinned(self) -> frozenset[str]:
+        """Digests of the pinned adapters."""
+        with self._lock:
+            return frozenset(digest for digest, adapter in self._adapters.items() if adapter.is_pinned)
+
     def forget(self, digest: str) -> None:
         """Free an adapter's memory once the requests that hold it have finished."""
         with self._lock:
             adapter = self._adapters.get(digest)
             if adapter is None:
                 return
-            adapter.is_forgotten = True
+            adapter.is_forgotten, adapter.is_pinned = True, False
             if adapter.pins:
                 return
             self._drop(digest)
@@ -238,18 +275,21 @@ class AdapterResidency:
             pass
 
     def _has_room(self) -> bool:
-        """Whether one more may be loaded, whose size is unknown."""
+        """Whether one more may be loaded, whose size is unknown.
+
+        Beside pinned ones that fill the memory, one at a time may: else it would wait for as long as they are pinned.
+        """
         if len(self._loading) >= MAX_LOADS:
             return False
         while self._stats.resident_bytes >= self.max_bytes:
             if not self._evict():
-                return False
+                return all(adapter.is_pinned for adapter in self._adapters.values())
         return True
 
     def _evict(self) -> bool:
-        """Drop the least recently used adapter that nobody holds; returns whether there was one."""
+        """Drop the least recently used adapter that may go; returns whether there was one."""
         for digest, adapter in self._adapters.items():
-            if not adapter.pins:
+            if adapter.is_evictable:
                 self._drop(digest)
                 self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
                 return True

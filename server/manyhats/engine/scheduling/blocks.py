@@ -51,6 +51,7 @@ class BlockAllocator:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._keys: list[bytes | None] = [None] * num_blocks
+        self._roots = [b""] * num_blocks  # of those with a key
         self._block_of: dict[bytes, int] = {}
 
     @property
@@ -122,8 +123,13 @@ class BlockAllocator:
             else:
                 self._cached[block_id] = None
 
-    def register(self, block_id: int, key: bytes) -> None:
+    def register(self, block_id: int, key: bytes, root: bytes = b"") -> None:
         """Make a used, full block findable under ``key``; a block registered under it earlier stays.
+
+        Args:
+            block_id: the block.
+            key: of its contents.
+            root: what ``forget`` knows it by, with others.
 
         Raises:
             ValueError: nobody holds the block, or it has another key.
@@ -131,7 +137,18 @@ class BlockAllocator:
         if self._num_refs[block_id] == 0 or self._keys[block_id] not in (None, key):
             raise ValueError(f"block {block_id} can't be registered")
         if self._block_of.setdefault(key, block_id) == block_id:
-            self._keys[block_id] = key
+            self._keys[block_id], self._roots[block_id] = key, root
+
+    def forget(self, root: bytes) -> None:
+        """Make every block of a root unfindable; cached ones become free."""
+        for block_id, key in enumerate(self._keys):
+            if key is None or self._roots[block_id] != root:
+                continue
+            self._keys[block_id] = None
+            del self._block_of[key]
+            if block_id in self._cached:
+                del self._cached[block_id]
+                self._free.append(block_id)
 
     def find(self, key: bytes) -> int | None:
         """The block registered under ``key``, used or cached; it takes no reference."""

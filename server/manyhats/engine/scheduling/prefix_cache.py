@@ -55,5 +55,5 @@ def register_full_blocks(sequence: Sequence, allocator: BlockAllocator) -> None:
         return
     extend_block_keys(sequence, num_full, allocator.block_size)
     for index in range(sequence.num_registered_blocks, num_full):
-        allocator.register(sequence.block_table[index], sequence.block_keys[index])
+        allocator.register(sequence.block_table[index], sequence.block_keys[index], sequence.cache_key)
     sequence.num_registered_blocks = num_full

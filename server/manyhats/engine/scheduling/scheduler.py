@@ -76,7 +76,6 @@ class Scheduler:
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
-        self._is_held_back = False
 
     @property
     def num_running(self) -> int:
@@ -95,8 +94,9 @@ class Scheduler:
 
     @property
     def is_held_back(self) -> bool:
-        """Whether none ran in the last schedule, since each that waits is of a task at one of its limits."""
-        return self._is_held_back
+        """Whether some wait and none runs, since each that waits is of a task at one of its limits."""
+        is_waiting = not self._running and len(self._queue) > 0
+        return is_waiting and next(iter(self._queue), None) is None
 
     @property
     def has_work(self) -> bool:
@@ -145,8 +145,6 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
-        is_waiting = not self._running and len(self._queue) > 0
-        self._is_held_back = is_waiting and next(iter(self._queue), None) is None
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()
@@ -208,9 +206,23 @@ class Scheduler:
             register_full_blocks(sequence, self.allocator)
         if schedule is self._in_flight:
             self._pace.end(schedule.num_tokens)
-            self._in_flight = None
-            self.allocator.free(self._freed_in_flight)
-            self._freed_in_flight.clear()
+            self._land()
+
+    def undo(self, schedule: Schedule) -> None:
+        """Give up a step that has not run: sequences that began in it wait again, others go on from where they were."""
+        for fill in schedule.prefix_fills:
+            self.forget(fill.virtual)  # nothing has been written there
+        for sequence in schedule.started:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._give_back(sequence)
+                self._queue.enter(sequence)
+        self._land()
+
+    def _land(self) -> None:
+        """Nothing of the last schedule will still write to a block."""
+        self._in_flight = None
+        self.allocator.free(self._freed_in_flight)
+        self._freed_in_flight.clear()
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
@@ -290,6 +302,23 @@ class Scheduler:
         """Release the blocks of virtual tokens, if there are any."""
         if virtual.held is not None:
             self._prefixes.release(virtual.held)
+
+    def distrust(self, job_id: str) -> None:
+        """Keep nothing computed with what a job's unfinished sequences ran on: their results are not numbers.
+
+        Everything cached under their keys is forgotten, so that what comes later computes it afresh. Sequences that run
+        on the same go on, but leave nothing behind.
+        """
+        bad = [sequence for sequence in self._unfinished() if sequence.id == job_id]
+        cache_keys = {sequence.cache_key for sequence in bad}
+        for cache_key in cache_keys:
+            self.allocator.forget(cache_key)
+        virtual = {sequence.virtual for sequence in bad if sequence.virtual is not None}
+        for each in virtual:
+            self.forget(each)
+        for sequence in self._running:
+            if sequence.cache_key in cache_keys or sequence.virtual in virtual:
+                sequence.uses_prefix_cache = False
 
     def _unfinished(self) -> tuple[Sequence, ...]:
         return (*self._running, *self._queue.waiting(), *self._paused)

@@ -50,8 +50,13 @@ class Background:
         """
         return self._taken.count() + int(self.is_busy)
 
-    def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
-        """An executor whose threads yield to the process's others, and whose calls count as work."""
+    def threads(self, num_threads: int, name: str, *, is_work: bool = True) -> ThreadPoolExecutor:
+        """An executor whose threads yield to the process's others.
+
+        Its calls count as work, unless ``is_work`` says that they mostly wait, as for a network.
+        """
+        if not is_work:
+            return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=begin_thread)
         return _Threads(self, num_threads, name)
 
     @contextmanager
@@ -80,7 +85,7 @@ class Background:
 
 class _Threads(ThreadPoolExecutor):
     def __init__(self, background: Background, num_threads: int, name: str) -> None:
-        super().__init__(num_threads, thread_name_prefix=name, initializer=_begin)
+        super().__init__(num_threads, thread_name_prefix=name, initializer=begin_thread)
         self._background = background
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -91,7 +96,8 @@ class _Threads(ThreadPoolExecutor):
         return super().submit(work)
 
 
-def _begin() -> None:
+def begin_thread() -> None:
+    """Have the calling thread yield to the process's others, for good."""
     # Its own OpenMP team would make the engine's threads sleep between loops (``in_own_thread``).
     torch.set_num_threads(1)
     torch.get_num_threads()

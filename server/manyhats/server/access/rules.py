@@ -50,6 +50,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "RegisterAdapter": _MANAGES,
         "UploadAdapter": _MANAGES,
         "ActivateAdapter": _MANAGES,
+        "PinAdapter": _MANAGES,
+        "UnpinAdapter": _MANAGES,
         "DeleteAdapter": _MANAGES,
         "GetAdapter": _READS,
         "ListAdapters": _READS,

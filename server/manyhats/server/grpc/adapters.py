@@ -1,4 +1,4 @@
-"""AdapterService: registers, takes uploads, describes, lists, activates and deletes adapters."""
+"""AdapterService: registers, takes uploads, describes, lists, activates, pins and deletes adapters."""
 
 from __future__ import annotations
 
@@ -100,6 +100,20 @@ class AdapterService:
         """Move a task to one of its versions."""
         record = await self._registrations.activate(request.task_id)
         return adapter_pb2.ActivateAdapterResponse(adapter=self._message(record))
+
+    async def PinAdapter(  # noqa: N802
+        self, request: adapter_pb2.PinAdapterRequest, call: Call
+    ) -> adapter_pb2.PinAdapterResponse:
+        """Keep a version in memory."""
+        record = await self._registrations.pin(request.task_id)
+        return adapter_pb2.PinAdapterResponse(adapter=self._message(record))
+
+    async def UnpinAdapter(  # noqa: N802
+        self, request: adapter_pb2.UnpinAdapterRequest, call: Call
+    ) -> adapter_pb2.UnpinAdapterResponse:
+        """Let a version leave memory again."""
+        record = await self._registrations.unpin(request.task_id)
+        return adapter_pb2.UnpinAdapterResponse(adapter=self._message(record))
 
     async def DeleteAdapter(  # noqa: N802
         self, request: adapter_pb2.DeleteAdapterRequest, call: Call

@@ -43,6 +43,8 @@ SERVICES = tuple(
     for file in (generation_pb2, encoding_pb2, adapter_pb2, server_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
+STORE = "manyhats.store"
+"""The health service that says whether the store can be used for everything."""
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 # The gate counts calls whose message has arrived, and refuses more with details; this also bounds those that send none.
 _MAX_OPEN_CALLS = 16_384
@@ -191,7 +193,7 @@ class ServerService:
 
 
 class HealthFollower:
-    """Answers ``grpc.health.v1`` for the whole server ("") and for each service by its name, all alike.
+    """Answers ``grpc.health.v1`` for the whole server ("") and each service by its name, all alike, and for the store.
 
     Args:
         gate: knows the state.
@@ -205,14 +207,14 @@ class HealthFollower:
         self._services = ("", *services)
         self._period_s = period_s
         self._logged: ServingState | None = None
+        self._is_store_whole = False
 
     async def publish(self) -> ServingState:
         """Set health to what the gate says now, and return it."""
-        state = self._gate.state
-        is_serving = state is ServingState.READY
-        status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
+        state, self._is_store_whole = self._gate.state, self._gate.is_store_whole
         for service in self._services:
-            await self.servicer.set(service, status)
+            await self.servicer.set(service, _status(state is ServingState.READY))
+        await self.servicer.set(STORE, _status(self._is_store_whole))
         if state is not self._logged:
             self._logged = state
             _log.info("state", state=state.value)
@@ -223,5 +225,9 @@ class HealthFollower:
         state = await self.publish()
         while state is not ServingState.DEAD:
             await asyncio.sleep(self._period_s)
-            if self._gate.state is not state:
+            if self._gate.state is not state or self._gate.is_store_whole is not self._is_store_whole:
                 state = await self.publish()
+
+
+def _status(is_serving: bool) -> Any:
+    return HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING

@@ -22,6 +22,8 @@ DOMAIN = "manyhats"
 # byte takes three.
 _MAX_MESSAGE_BYTES = 1000
 _MAX_METADATA_BYTES = 256
+# Of what is unavailable: nobody knows for how long.
+_RETRY_S = 1.0
 
 
 def grpc_code(reason: Reason) -> grpc.StatusCode:
@@ -48,7 +50,12 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field, "num_tokens": str(error.num_tokens), "limit": str(error.limit)}
         case engine.RequestError():
             return {"field": error.field}
-        case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
+        case (
+            engine.PinLimitError()
+            | engine.QueueFullError()
+            | engine.AdapterCapacityError()
+            | service.BusyError()
+        ):
             return {"limit": str(error.limit)}
         case service.TaskKindError():
             return {"kind": error.kind.value}
@@ -79,9 +86,9 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.subject, error.description),)
         case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
             return (_retry_info(error.retry_after_s),)
-        case adapter.QuotaExceededError(retry_after_s=float(seconds)):
-            return (_retry_info(seconds),)
-    return ()
+        case engine.NoMemoryError() | adapter.QuotaExceededError(retry_after_s=float()):
+            return (_retry_info(error.retry_after_s or 0.0),)
+    return (_retry_info(_RETRY_S),) if reason_of(error).code == "UNAVAILABLE" else ()
 
 
 def _retry_info(seconds: float) -> RetryInfo:

@@ -280,6 +280,7 @@ def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
         kind=_KINDS[record.kind],
         class_labels=record.class_names,
         pooling=pooling(record.pooling),
+        pinned=record.is_pinned,
     )
 
 

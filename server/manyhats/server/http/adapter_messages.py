@@ -97,10 +97,11 @@ class AdapterBody(Struct, rename="camel", kw_only=True):
     kind: str
     class_labels: tuple[str, ...]
     pooling: str
+    pinned: bool
 
 
 class AdapterAnswer(Struct):
-    """``GetAdapterResponse`` and ``ActivateAdapterResponse``."""
+    """``GetAdapterResponse``, and those of ``ActivateAdapter``, ``PinAdapter`` and ``UnpinAdapter``."""
 
     adapter: AdapterBody
 
@@ -168,6 +169,7 @@ def adapter_body(record: AdapterRecord, tiers: Mapping[str, Tier]) -> AdapterBod
         kind=f"TASK_KIND_{record.kind.name}",
         class_labels=record.class_names,
         pooling=_pooling(record.pooling),
+        pinned=record.is_pinned,
     )
 
 

@@ -32,6 +32,7 @@ from manyhats.server.http.responses import Responses
 from manyhats.server.http.responses_messages import ResponsesBody
 from manyhats.server.http.scores import ScoreBody, Scores
 from manyhats.server.http.status import ErrorAnswer, ErrorBody, own_param_of, refusal_of
+from manyhats.server.http.tei_info import TeiInfo
 from manyhats.server.http.tokenization import DetokenizeBody, Tokenization
 from manyhats.server.http.writer import Writer
 from manyhats.server.service.errors import HostNotAllowedError
@@ -198,6 +199,16 @@ def _encodings(gate: Gate, metrics: Metrics) -> list[Operation[Any]]:
     post = partial(Operation, verb="POST", errors=OF_RUNS)
     names_task = {TASK_HEADER: "The task, where `model` does not name it."}
     return [
+        Operation(
+            verb="GET",
+            path="/info",
+            method="GetModel",
+            handle=TeiInfo(gate).info,
+            summary="Show what the base or a task does, in the form of Text Embeddings Inference.",
+            query={"model": "The task; the base model without it."},
+            headers=names_task,
+            errors=OF_TEXTS | {"TASK_KIND_MISMATCH"},
+        ),
         post(
             path="/v1/embeddings",
             method="Embed",

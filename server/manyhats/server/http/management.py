@@ -120,6 +120,16 @@ class Management:
         call.names(call.path["name"])
         return AdapterAnswer(self._body(await self._registrations.activate(call.path["name"])))
 
+    async def pin(self, call: HttpCall, body: None) -> AdapterAnswer:
+        """``POST /v1/tasks/{name}/pin``: keep a version in memory."""
+        call.names(call.path["name"])
+        return AdapterAnswer(self._body(await self._registrations.pin(call.path["name"])))
+
+    async def unpin(self, call: HttpCall, body: None) -> AdapterAnswer:
+        """``POST /v1/tasks/{name}/unpin``: let a version leave memory again."""
+        call.names(call.path["name"])
+        return AdapterAnswer(self._body(await self._registrations.unpin(call.path["name"])))
+
     async def delete(self, call: HttpCall, body: None) -> DeleteAnswer:
         """``DELETE /v1/tasks/{name}``: delete one version or a whole task."""
         call.names(call.path["name"])
@@ -243,6 +253,22 @@ def operations(gate: Gate, metrics: Metrics) -> list[Operation[Any]]:
             handle=management.activate,
             summary="Move a task to one of its versions.",
             errors=OF_A_TASK | {"DATA_LOSS"},
+        ),
+        call(
+            verb="POST",
+            path="/v1/tasks/{name}/pin",
+            method="PinAdapter",
+            handle=management.pin,
+            summary="Keep a version in memory: the one named as in `task@3`, or whichever is active, now and later.",
+            errors=OF_A_TASK | {"DATA_LOSS", "QUOTA_EXCEEDED"},
+        ),
+        call(
+            verb="POST",
+            path="/v1/tasks/{name}/unpin",
+            method="UnpinAdapter",
+            handle=management.unpin,
+            summary="Let a version leave memory again, or all that is pinned of a task.",
+            errors=OF_A_TASK,
         ),
         call(
             verb="PUT",

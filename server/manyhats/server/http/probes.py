@@ -44,10 +44,19 @@ def is_ready(gate: Gate) -> Answer:
     return 200 if state is ServingState.READY else 503, state.value
 
 
+def is_store_whole(gate: Gate) -> Answer:
+    """Whether the store can be used for everything, and else what for it cannot, and why."""
+    if gate.is_store_whole:
+        return 200, "ok"
+    problems = gate.store_problems
+    return 503, "\n".join(f"{use.value}: {problem}" for use, problem in problems.items()) or "loading"
+
+
 PROBES: Mapping[str, Callable[[Gate], Answer]] = MappingProxyType(
     {
         "/healthz": is_alive,
         "/readyz": is_ready,
+        "/storez": is_store_whole,
         # The names that load generators and others' probes know.
         "/health": is_ready,
         "/ping": is_alive,

@@ -75,6 +75,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "NUMERICAL_ERROR": _FAULT,
         "DATA_LOSS": _FAULT,
         "INTERNAL": _FAULT,
+        "OUT_OF_MEMORY": _UNAVAILABLE,
         "LOADING": _UNAVAILABLE,
         "DRAINING": _UNAVAILABLE,
         "ENGINE_DEAD": _UNAVAILABLE,

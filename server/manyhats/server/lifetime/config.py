@@ -214,11 +214,18 @@ class ServeConfig:
         help="How long running requests may continue at shutdown.",
     )
     heartbeat_limit_s: float = setting(
-        60.0,
+        4.0,
         unit="seconds",
         above=0,
         group=_LIMITS,
-        help="An engine that is silent for longer counts as unhealthy.",
+        help="An engine that hangs for longer counts as unhealthy; one that computes, after fifteen times as long.",
+    )
+    hang_limit_s: float = setting(
+        30.0,
+        unit="seconds",
+        above=0,
+        group=_LIMITS,
+        help="After so long it ends the process, likewise.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", group=_LOGS, help="Lowest level that is logged."

@@ -33,6 +33,7 @@ from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.hang import end_at_once, end_when_hung
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
@@ -53,7 +54,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BY_SIGNAL = 128
 """Plus the signal's number: the signal came before the server was ready."""
-# How long loading or compiling may take to end after a signal before it is abandoned.
+# How long loading, compiling or the engine's step may take to end before it is abandoned.
 _STOP_LIMIT_S = 0.8
 _MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
@@ -78,15 +79,19 @@ async def serve(
 
     Returns:
         0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
-        before the server was ready.
+        before the server was ready. If engine or store hang, it does not return: the process ends (``hang.py``).
     """
     configure_logs(config.log_format, config.log_level)
     # A text is tokenized on the calling thread (``TextThreads``), not on one thread per processor.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Process-wide: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
+    process = _Process(config, assemble or _open_backend, show_progress)
     try:
-        return await _Process(config, assemble or _open_backend, show_progress).run()
+        code = await process.run()
+        if process.is_held_up:
+            end_at_once(code)
+        return code
     except (ServerError, EngineError, AdapterError) as error:
         _log.error("cannot serve", reason=str(error))
         return EXIT_FAILED
@@ -148,12 +153,18 @@ class _Process:
                 return EXIT_BY_SIGNAL + self._stop.number
             backend, registrations = started.backend, started.registrations
             _leave_to_no_collection()
+            end_when_hung(backend.engine, self._config.hang_limit_s)
             self._gate.open(backend)
             await grpc_port.health.publish()
             self._announce(backend, Addresses(grpc_port.address, http.address))
             follower = StoreFollower(backend, registrations, period_s=self._config.store_poll_s)
             stack.enter_context(running(follower.follow()))
             return await self._serve(grpc_port)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether threads that wait for the store are left, for which Python would wait as the process ends."""
+        return self._gate.is_store_busy
 
     def _close_store(self) -> None:
         """Last: calls that end as the ports close may still use it."""
@@ -226,7 +237,7 @@ class _Process:
             self._store = backend.store
             _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
             await backend.engine.start()
-        stack.push_async_callback(backend.engine.stop, 0.0)
+        stack.push_async_callback(backend.engine.stop, 0.0, _STOP_LIMIT_S)
         registrations = Registrations(backend, self._metrics)
         await self._register_all(backend, registrations)
         return Started(backend, registrations)
@@ -237,6 +248,7 @@ class _Process:
         for task_id, uri in self._config.register.items():
             record = (await registrations.register(Registration(task_id, Uri(uri)))).record
             _log.info("registered", adapter=record.name, digest=record.digest)
+        await registrations.follow_pins()
 
     async def _serve(self, grpc_port: GrpcPort) -> int:
         health = asyncio.create_task(grpc_port.health.follow_until_dead())

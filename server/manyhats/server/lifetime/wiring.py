@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
@@ -19,14 +21,18 @@ from manyhats.engine.config import resolve
 from manyhats.engine.home import default_home
 from manyhats.engine.opening import open_engine
 from manyhats.engine.progress import Progress
+from manyhats.engine.threads.apart import in_thread
 from manyhats.engine.threads.background import Background
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
+from manyhats.server.service.store_health import StoreHealth, StoreUse
 from manyhats.server.service.task_tokenizers import TaskTokenizers
 from manyhats.server.service.text_threads import TextThreads
 from manyhats.settings.declaration import values_of
+
+T = TypeVar("T")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
@@ -57,14 +63,23 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         progress=progress,
     )
     store = open_adapter_store(config, model.description)
-    loader = AdapterLoader(store, metrics)
+    health = StoreHealth()
+    loader = AdapterLoader(store, health, metrics)
     background = Background()
-    engine = open_engine(model, settings, loader, background=background, progress=progress)
+    engine = open_engine(
+        model,
+        settings,
+        loader,
+        fetch=(lambda record: read_from(store.fetch, record, health)) if store.is_far else None,
+        background=background,
+        progress=progress,
+    )
     engine.loop.on_step = metrics.step
     engine.grammars.on_compile = metrics.constraint_compiled
     return Backend(
         engine=engine,
         store=store,
+        store_health=health,
         store_threads=background.threads(_NUM_STORE_THREADS, "store"),
         text_threads=TextThreads(
             brief=ThreadPoolExecutor(1, thread_name_prefix="text"), long=background.threads(1, "long-text")
@@ -72,7 +87,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         tokenizer=model.tokenizer,
         task_tokenizers=TaskTokenizers(
             model.texts,
-            store.read_text,
+            lambda record: read_from(store.read_text, record, health),
             reading=background.threads(_NUM_READING_THREADS, "task-files"),
             rendering=background.threads(_NUM_RENDERING_THREADS, "task-text"),
             slow=background.threads(1, "slow-task-text"),
@@ -139,15 +154,27 @@ class AdapterLoader:
     """Reads an adapter from the store and lowers it for the engine; called on the engine's loader threads."""
 
     store: AdapterStore
+    health: StoreHealth
     metrics: Metrics
 
     def __call__(self, record: AdapterRecord) -> LoweredAdapter:
         """The adapter as primitives.
 
         Raises:
-            AdapterError: its files are damaged, or cannot be served on this base.
+            AdapterError: its files are damaged, or cannot be served on this base; or the store hangs.
         """
         begin_s = time.monotonic()
-        lowered = self.store.lower(record)
+        lowered = read_from(self.store.lower, record, self.health)
         self.metrics.adapter_loaded(time.monotonic() - begin_s)
         return lowered
+
+
+def read_from(read: Callable[[AdapterRecord], T], record: AdapterRecord, health: StoreHealth) -> T:
+    """What is read of a version, unless the store hangs: a thread that does is left to itself.
+
+    Raises:
+        AdapterError: it cannot be read, or the store hangs.
+    """
+    health.check(StoreUse.READ)
+    with health.working():
+        return health.wait_unless_hanging(in_thread(lambda: read(record), "store-read"), StoreUse.READ)

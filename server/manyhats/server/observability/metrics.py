@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.engine.output import StepOutput, StepStats, Usage
 from manyhats.engine.residency.tiers import Tier
+from manyhats.server.observability import gateway
+from manyhats.server.observability.gauges import gauge, single
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
@@ -42,8 +44,11 @@ _LIVE = (
     "manyhats_model_bytes",
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
+    "manyhats_store_usable",
+    "manyhats_adapter_pinned",
+    "manyhats_adapter_pinned_bytes",
     "manyhats_adapter_evictions_total",
-    "vllm:lora_requests_info",
+    *gateway.NAMES,
 )
 
 
@@ -247,17 +252,25 @@ class LiveMetrics:
         backend, records = self.backend, self._versions.records()
         states = Tally(record.state for record in records)
         counts = [((state.name.lower(),), states[state]) for state in AdapterState]
-        yield _gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
+        yield gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
         if self.tls is not None:
             yield self._expiry_gauge(self.tls)
         if backend is None:
-            yield self._gateway_info(0, (), ())
+            yield gateway.adapter_gauge(0, (), (), (), self._clock())
             return
         tiers = backend.engine.adapter_tiers()
         residents = [(record, tiers[record.digest]) for record in records if record.digest in tiers]
-        placed = (record.task_id for record, tier in residents if tier is Tier.DEVICE)
+        placed = (record for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
+        yield gauge(
+            "manyhats_store_usable",
+            "Whether the store can be used: its catalogue, and to read and write adapters.",
+            ["use"],
+            [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
+        )
+        pinned = backend.engine.pinned_digests()
+        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )
@@ -265,28 +278,30 @@ class LiveMetrics:
         evictions.add_metric([Tier.DEVICE.value], residency.num_slot_evictions)
         evictions.add_metric([Tier.HOST.value], residency.num_evictions)
         yield evictions
-        waiting = backend.engine.stats.waiting_tasks
-        yield self._gateway_info(backend.limits.max_adapters, placed, waiting)
+        yield single("manyhats_adapter_pinned_bytes", "Bytes of pinned adapters.", residency.pinned_bytes)
+        yield from gateway.load_gauges(backend)
+        waiting = backend.engine.stats.waiting_adapters
+        yield gateway.adapter_gauge(backend.limits.max_adapters, placed, waiting, records, self._clock())
 
     def _engine_gauges(self, backend: Backend) -> Iterator[Metric]:
         stats = backend.engine.stats
         total, used, cached = stats.kv_blocks_total, stats.kv_blocks_used, stats.kv_blocks_cached
         blocks = [(("used",), used), (("cached",), cached), (("free",), total - used - cached)]
         parts = [((part,), num_bytes) for part, num_bytes in backend.engine.model_bytes.items()]
-        yield _single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
-        yield _single(
+        yield single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
+        yield single(
             "manyhats_requests_waiting",
             "Sequences that wait for a first step, and requests for their adapter or constraint.",
             stats.num_waiting,
         )
-        yield _single(
+        yield single(
             "manyhats_kv_cache_usage_ratio", "KV blocks in use, of all; 0 to 1.", used / max(total, 1)
         )
-        yield _gauge(
+        yield gauge(
             "manyhats_kv_blocks", "KV blocks: used, cached (free, with a prefix) or free.", ["state"], blocks
         )
-        yield _gauge("manyhats_model_bytes", "Bytes in memory, by part of the model.", ["part"], parts)
-        yield _single(
+        yield gauge("manyhats_model_bytes", "Bytes in memory, by part of the model.", ["part"], parts)
+        yield single(
             "manyhats_engine_heartbeat_timestamp_seconds", "When the engine last turned.", stats.heartbeat_s
         )
 
@@ -296,7 +311,7 @@ class LiveMetrics:
         values = [
             ((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.current.validities
         ]
-        return _gauge(
+        return gauge(
             "manyhats_tls_certificate_expiry_days",
             "Days until the first certificate of a file expires; negative once it has.",
             ["file"],
@@ -306,24 +321,9 @@ class LiveMetrics:
     def _resident_gauge(self, residents: Iterable[tuple[AdapterRecord, Tier]]) -> Metric:
         counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
         values = list(counts.items())
-        return _gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
+        return gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
 
-    def _gateway_info(self, max_adapters: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
-        """The series that Kubernetes' inference gateway reads to route by adapter affinity."""
-        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-        names = (",".join(sorted(set(running))), ",".join(sorted(set(waiting))))
-        value = ((str(max_adapters), *names), self._clock())
-        return _gauge("vllm:lora_requests_info", "Adapters loaded and waited for.", labels, [value])
-
-
-def _gauge(
-    name: str, help_text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
-) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
-
-
-def _single(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, help_text, value=value)
+    def _pinned_gauge(self, pinned: Iterable[AdapterRecord]) -> Metric:
+        counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
+        values = [((label,), count) for label, count in counts.items()]
+        return gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)

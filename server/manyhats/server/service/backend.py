@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from manyhats.adapters.heads import Pooling, TaskKind
+from manyhats.server.service.store_health import StoreHealth
 from manyhats.server.service.text_threads import TextThreads
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Backend:
     """Everything that answers requests once the model is loaded.
 
     Attributes:
+        store_health: what the store can be used for.
         store_threads: for work that blocks on the store; None for the event loop's own.
         text_threads: for work that takes time in proportion to a text.
         task_tokenizers: of tasks that read and write text differently; None if no task can.
@@ -90,6 +92,7 @@ class Backend:
     tokenizer: Tokenizer
     info: ModelInfo
     limits: ServerLimits
+    store_health: StoreHealth = field(default_factory=StoreHealth)
     store_threads: Executor | None = None
     text_threads: TextThreads = field(default_factory=TextThreads)
     task_tokenizers: TaskTokenizers | None = None

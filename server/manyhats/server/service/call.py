@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manyhats.adapters.errors import shown
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, NoMemoryError, is_out_of_memory
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import Caller
 from manyhats.server.service.errors import UnexpectedError
@@ -117,6 +117,7 @@ class Calls:
         Raises:
             ServerError, EngineError: it is not admitted.
             UnexpectedError: instead of an unexpected exception, which is logged in full.
+            NoMemoryError: instead of one that says that there is no memory.
         """
         structlog.contextvars.clear_contextvars()
         try:
@@ -129,6 +130,9 @@ class Calls:
             self._finished(call, reason_of(error).code)
             if is_expected(error):
                 raise
+            if is_out_of_memory(error):
+                _log.error("no memory for a call", method=call.method, exc_info=error)
+                raise NoMemoryError from error
             error_id = uuid.uuid4().hex
             _log.error("unexpected error", method=call.method, error_id=error_id, exc_info=error)
             raise UnexpectedError(error_id) from error

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from manyhats.adapters.tags import tagged_entities
+
 if TYPE_CHECKING:
     from manyhats.engine.text.tokenizer import TokenSpan
-
-OUTSIDE = "O"
-"""The class of tokens that are in no entity."""
 
 
 class Aggregation(Enum):
@@ -62,10 +61,7 @@ def entities(
     names: Sequence[str],
     aggregation: Aggregation,
 ) -> list[Entity]:
-    """The entities in a text, in order.
-
-    A token of class ``B-X`` begins an entity ``X``; ``I-X``, or ``X`` alone, continues the one before it, or begins one
-    if that has another label.
+    """The entities in a text, in order, of words whose classes are tags as ``tagged_entities`` reads them.
 
     Args:
         text: it.
@@ -79,13 +75,10 @@ def entities(
     found = [
         _word(text, spans, scores, names, indices, aggregation) for indices in words(text, spans, aggregation)
     ]
-    groups: list[list[_Word]] = []
-    for word in found:
-        begins, label = _tag(word.label)
-        if begins or not groups or _tag(groups[-1][-1].label)[1] != label:
-            groups.append([])
-        groups[-1].append(word)
-    return [_entity(text, group) for group in groups if group[0].label != OUTSIDE]
+    return [
+        _entity(text, each.label, found[each.start : each.end])
+        for each in tagged_entities([word.label for word in found])
+    ]
 
 
 def words(text: str, spans: Sequence[TokenSpan], aggregation: Aggregation) -> list[list[int]]:
@@ -130,13 +123,7 @@ def _word(
     return _Word(start, end, names[best], float(scores[decisive, best]))
 
 
-def _tag(label: str) -> tuple[bool, str]:
-    """Whether a class begins an entity, and that entity's label."""
-    begins, inside = label.startswith("B-"), label.startswith("I-")
-    return begins, label[2:] if begins or inside else label
-
-
-def _entity(text: str, group: Sequence[_Word]) -> Entity:
+def _entity(text: str, label: str, group: Sequence[_Word]) -> Entity:
     start, end = group[0].start, group[-1].end
     score = sum(word.score for word in group) / len(group)
-    return Entity(_tag(group[0].label)[1], start, end, text[start:end], score)
+    return Entity(label, start, end, text[start:end], score)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
@@ -12,6 +11,7 @@ from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import DrainingError, EngineDeadError
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.errors import LoadingError, TooManyCallsError
+from manyhats.server.service.store_health import StoreUse
 
 
 class ServingState(Enum):
@@ -30,17 +30,13 @@ class Gate:
     ``state`` may be read from any thread; everything else belongs to the event loop.
 
     Args:
-        heartbeat_limit_s: an engine whose heartbeat is older counts as stalled.
+        heartbeat_limit_s: an engine that is silent for longer counts as stalled.
         max_calls: how many may be inside at once.
-        clock: wall time, like the engine's heartbeat.
     """
 
-    def __init__(
-        self, *, heartbeat_limit_s: float, max_calls: int = 2048, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, *, heartbeat_limit_s: float, max_calls: int = 2048) -> None:
         self._max_calls = max_calls
         self._heartbeat_limit_s = heartbeat_limit_s
-        self._clock = clock
         self._backend: Backend | None = None
         self._is_draining = False
         self._num_running = 0
@@ -57,9 +53,23 @@ class Gate:
             return ServingState.LOADING
         if not self._backend.engine.is_alive:
             return ServingState.DEAD
-        stats = self._backend.engine.stats
-        is_silent = self._clock() - stats.heartbeat_s > self._heartbeat_limit_s
-        return ServingState.STALLED if is_silent or stats.is_at_standstill else ServingState.READY
+        is_silent = self._backend.engine.silent_s > self._heartbeat_limit_s
+        return ServingState.STALLED if is_silent else ServingState.READY
+
+    @property
+    def is_store_whole(self) -> bool:
+        """Whether the store can be used for everything; calls that need no more of it are admitted even so."""
+        return self._backend is not None and self._backend.store_health.is_whole
+
+    @property
+    def is_store_busy(self) -> bool:
+        """Whether anything waits for the store."""
+        return self._backend is not None and self._backend.store_health.is_busy
+
+    @property
+    def store_problems(self) -> Mapping[StoreUse, str]:
+        """What the store cannot be used for, and why."""
+        return {} if self._backend is None else self._backend.store_health.problems
 
     @property
     def backend(self) -> Backend:

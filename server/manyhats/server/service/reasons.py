@@ -39,11 +39,13 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         engine.PromptTooLongError: Reason("PROMPT_TOO_LONG", _INVALID),
         engine.QueueFullError: Reason("QUEUE_FULL", _EXHAUSTED),
         engine.AdapterCapacityError: Reason("ADAPTER_CAPACITY", _EXHAUSTED),
+        engine.PinLimitError: Reason("QUOTA_EXCEEDED", _EXHAUSTED),
         engine.DrainingError: Reason("DRAINING", _UNAVAILABLE),
         engine.EngineDeadError: Reason("ENGINE_DEAD", _UNAVAILABLE),
         engine.DeadlineExceededError: Reason("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
         engine.RequestCancelledError: Reason("CANCELLED", "CANCELLED"),
         engine.NumericalError: Reason("NUMERICAL_ERROR", "INTERNAL"),
+        engine.NoMemoryError: Reason("OUT_OF_MEMORY", _EXHAUSTED),
         engine.StreamUnreadError: Reason("STREAM_UNREAD", _EXHAUSTED),
         engine.NoTokenAllowedError: Reason("NO_TOKEN_ALLOWED", _INVALID),
         engine.RequestFailedError: _INTERNAL,
@@ -86,7 +88,10 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
 
 def reason_of(error: Exception) -> Reason:
     """Why ``error`` ends its call; ``INTERNAL`` for an unexpected one."""
-    return next((REASONS[kind] for kind in type(error).__mro__ if kind in REASONS), _INTERNAL)
+    found = next((REASONS[kind] for kind in type(error).__mro__ if kind in REASONS), None)
+    if found is None and engine.is_out_of_memory(error):
+        return REASONS[engine.NoMemoryError]
+    return found or _INTERNAL
 
 
 def is_expected(error: Exception) -> bool:

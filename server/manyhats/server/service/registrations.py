@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import structlog
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
-from manyhats.adapters.errors import AdapterError, TaskNotFoundError
+from manyhats.adapters.errors import AdapterError, StoreUnavailableError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.registration import Registered, Registration
@@ -24,6 +24,7 @@ from manyhats.server.access.tokens import Scope
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.reasons import reason_of
+from manyhats.server.service.store_health import StoreUse
 from manyhats.server.service.task_defaults import read_defaults
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 class Registrations:
-    """Registers, activates and deletes; the store's blocking work runs in worker threads.
+    """Registers, activates, pins and deletes; the store's blocking work runs in worker threads.
 
     Args:
         backend: its store and engine.
@@ -58,6 +59,7 @@ class Registrations:
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
+        self._health = backend.store_health
         self._metrics = metrics
 
     @_carried_through
@@ -82,7 +84,22 @@ class Registrations:
         """
         store = self._backend.store
         read_defaults(registration.labels)
-        return await self.run(lambda: store.open_upload(registration))
+        opening = self._begun(lambda: store.open_upload(registration))
+        try:
+            return await self._health.unless_hanging(opening, *StoreUse)
+        except StoreUnavailableError:
+            opening.add_done_callback(self._abort_late)
+            raise
+
+    def _abort_late(self, opening: asyncio.Future[UploadSession]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._begun(opening.result().abort, even_if_hanging=True)
+
+    async def abort_upload(self, session: UploadSession) -> None:
+        """Remove what has arrived: now, or once the store no longer hangs."""
+        aborting = self._begun(session.abort, even_if_hanging=True)
+        with suppress(StoreUnavailableError):
+            await self._health.unless_hanging(aborting, *StoreUse)
 
     @_carried_through
     async def finish_upload(self, session: UploadSession, registration: Registration) -> Registered:
@@ -108,7 +125,67 @@ class Registrations:
             await self._load(store.get(name))
         record = await self.run(lambda: store.activate(name))
         self.count(record.task_id)
+        await self.follow_pins({record.task_id})
         return record
+
+    @_carried_through
+    async def pin(self, name: str) -> AdapterRecord:
+        """Keep in memory the version ``task@3``, or whichever is active of ``task``; it is loaded first.
+
+        Raises:
+            AdapterError: there is no such version, or it cannot be served.
+            EngineError: there is no room for it.
+        """
+        store = self._backend.store
+        await self._backend.engine.pin_adapter(store.get(name))
+        try:
+            record = await self.run(lambda: store.set_pin(name, is_pinned=True))
+        finally:
+            await self.follow_pins({parse_name(name).task_id})
+        self.count(record.task_id)
+        return record
+
+    @_carried_through
+    async def unpin(self, name: str) -> AdapterRecord:
+        """Let a version make room for others again, or all of a task's.
+
+        Raises:
+            AdapterError: there is no such version.
+        """
+        store = self._backend.store
+        record = await self.run(lambda: store.set_pin(name, is_pinned=False))
+        await self.follow_pins({record.task_id})
+        self.count(record.task_id)
+        return record
+
+    async def follow_pins(self, tasks: Collection[str] | None = None) -> None:
+        """Keep in memory what the store says is to stay there, as far as there is room, and nothing else.
+
+        Args:
+            tasks: only of these anything is loaded; None for all.
+        """
+        for record in self._unpin_others():
+            if tasks is not None and record.task_id not in tasks:
+                continue
+            try:
+                await self._backend.engine.pin_adapter(record)
+            except Exception as error:  # noqa: BLE001 - whatever fails there, it is tried again, and others go on
+                bug = None if isinstance(error, AdapterError | EngineError) else error
+                _log.warning(
+                    "pinned adapter not in memory", adapter=record.name, error=str(error), exc_info=bug
+                )
+                if isinstance(error, StoreUnavailableError):
+                    return
+            self._unpin_others()  # it may have been unpinned meanwhile
+
+    def _unpin_others(self) -> list[AdapterRecord]:
+        """Unpin in the engine what is not pinned in the store; returns what is only pinned there."""
+        engine = self._backend.engine
+        wanted = self._backend.store.pinned()
+        pinned = engine.pinned_digests()
+        for digest in pinned - {record.digest for record in wanted}:
+            engine.unpin_adapter(digest)
+        return [record for record in wanted if record.digest not in pinned]
 
     @_carried_through
     async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
@@ -120,8 +197,10 @@ class Registrations:
         store, engine = self._backend.store, self._backend.engine
         gone = await self.run(lambda: store.delete(name, in_use=engine.in_use, force=force))
         self.forget_unneeded()
-        for task_id in {record.task_id for record in gone}:
+        tasks = {record.task_id for record in gone}
+        for task_id in tasks:
             self.count(task_id)
+        await self.follow_pins(tasks)
         return gone
 
     async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
@@ -166,8 +245,27 @@ class Registrations:
             return ()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run work that blocks on the store in a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
+        """Run work that blocks on the store in a worker thread.
+
+        Raises:
+            StoreUnavailableError: the store hangs. What has begun may still be done, once it no longer does.
+        """
+        working = self._begun(work)
+        try:
+            return await self._health.unless_hanging(working, *StoreUse)
+        except BaseException:
+            working.cancel()  # unless it has begun
+            raise
+
+    def _begun(self, work: Callable[[], T], *, even_if_hanging: bool = False) -> asyncio.Future[T]:
+        if not even_if_hanging:
+            self._health.check(*StoreUse)
+
+        def counted() -> T:
+            with self._health.working():
+                return work()
+
+        return asyncio.get_running_loop().run_in_executor(self._backend.store_threads, counted)
 
     @contextmanager
     def counted_failures(self) -> Iterator[None]:
@@ -193,6 +291,7 @@ class Registrations:
             return registered
         self._metrics.registration("created" if registered.created else "existing")
         self.count(registration.task_id)
+        await self.follow_pins({registration.task_id})
         return registered
 
     def _prepare(self) -> Prepare:

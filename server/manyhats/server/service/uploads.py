@@ -114,4 +114,4 @@ async def _end(opening: asyncio.Future[UploadSession], registrations: Registrati
     """Remove what is left of an upload, even of one abandoned while being opened."""
     with suppress(Exception):  # the caller was told
         session = await opening
-        await registrations.run(session.abort)
+        await registrations.abort_upload(session)

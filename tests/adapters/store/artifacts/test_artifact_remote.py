@@ -286,6 +286,24 @@ def test_what_the_cache_has_is_read_without_the_network(objects: FailingObjects,
         storage.is_whole(DIGEST)
 
 
+def test_what_was_fetched_is_read_without_the_network(objects: FailingObjects, tmp_path: Path) -> None:
+    RemoteArtifacts(objects, AdapterLimits()).publish(DIGEST, FILES)
+    storage = cached(objects, tmp_path)
+    storage.fetch(DIGEST)
+    objects.is_down = True
+    storage.fetch(DIGEST)  # it is there
+    assert storage.read(DIGEST) == FILES
+
+
+def test_what_is_missing_or_has_no_place_to_go_is_not_fetched(
+    objects: FailingObjects, tmp_path: Path
+) -> None:
+    with pytest.raises(DataLossError):
+        cached(objects, tmp_path).fetch(DIGEST)
+    objects.is_down = True
+    RemoteArtifacts(objects, AdapterLimits()).fetch(DIGEST)
+
+
 def test_who_published_has_it_cached(objects: FailingObjects, tmp_path: Path) -> None:
     storage = cached(objects, tmp_path)
     storage.publish(DIGEST, FILES)

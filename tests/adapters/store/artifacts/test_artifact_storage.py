@@ -228,3 +228,32 @@ def test_a_scheme_without_its_package_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(StoreConfigError, match=r"manyhats\[gcs\]"):
         open_artifacts("gs://bucket/store", AdapterLimits())
+
+
+def test_what_is_there_can_be_read_and_written(storage: ArtifactStorage) -> None:
+    storage.claim("a")
+    storage.publish(DIGEST, FILES)
+    storage.check_reads()
+    storage.check_writes()
+    assert storage.sweep(all_named) == Swept(0, 0, 0), "nothing is left of the checks"
+
+
+@pytest.mark.parametrize("is_empty", [True, False], ids=["empty", "missing"])
+def test_a_directory_that_is_gone_is_no_data_loss(tmp_path: Path, is_empty: bool) -> None:
+    """Such as where a file system is no longer mounted."""
+    root = tmp_path / "store"
+    storage = LocalArtifacts(root, AdapterLimits())
+    storage.claim("a")
+    storage.publish(DIGEST, FILES)
+    root.rename(tmp_path / "elsewhere")
+    if is_empty:
+        root.mkdir()
+    for call in (lambda: storage.read(DIGEST), storage.check_reads, storage.check_writes):
+        with pytest.raises(StoreUnavailableError, match="its directory is not there"):
+            call()
+    if is_empty:
+        assert list(root.iterdir()) == []
+        root.rmdir()
+    (tmp_path / "elsewhere").rename(root)
+    assert storage.read(DIGEST) == FILES
+    storage.check_writes()

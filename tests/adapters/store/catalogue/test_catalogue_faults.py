@@ -197,3 +197,63 @@ def test_a_commit_is_on_the_disk_when_it_returns(path: Path) -> None:
             for mode in ("journal_mode", "synchronous")
         ]
     assert modes == ["wal", 2]  # 2: FULL
+
+
+@pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "deleted"])
+def test_a_file_that_is_gone_is_written_no_more_and_its_copy_is_gone_on_with(
+    path: Path, is_moved: bool
+) -> None:
+    """Its connections would still write to what they have open, and nobody would ever see that."""
+    catalogue = Catalogue(f"sqlite:///{path}")
+    register(catalogue, "fr", 0)
+    kept = path.with_name("kept.db")
+    with (
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(kept)) as copy,
+    ):
+        source.backup(copy)
+    register(catalogue, "fr", 1)
+    register(catalogue, "late", 2)
+    if is_moved:
+        path.rename(path.with_name("elsewhere.db"))
+    else:
+        path.unlink()
+    for call in (*WRITES, *READS):
+        with pytest.raises(StoreUnavailableError, match="its file is not there"):
+            call(catalogue)
+    assert not path.exists(), "none is made"
+    assert names(catalogue) == ["fr@1", "fr@2", "late@1"]
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    kept.rename(path)
+    assert catalogue.refresh() == {"fr", "late"}
+    assert names(catalogue) == ["fr@1"], "as it was when it was copied"
+    register(catalogue, "new", 3)
+    other = Catalogue(f"sqlite:///{path}")
+    assert names(other) == ["fr@1", "new@1"]
+    register(other, "fr", 4)
+    assert catalogue.refresh() >= {"fr"}
+    assert names(catalogue) == ["fr@1", "fr@2", "new@1"]
+    catalogue.close()
+    other.close()
+
+
+def test_another_catalogue_in_its_place_is_refused(tmp_path: Path) -> None:
+    directory, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    url = f"sqlite:///{directory / 'catalogue.db'}"
+    directory.mkdir()
+    catalogue = Catalogue(url)
+    register(catalogue, "fr", 0)
+    directory.rename(elsewhere)
+    directory.mkdir()
+    Catalogue(url).close()
+    for _ in range(2):
+        for call in (*WRITES, *READS):
+            with pytest.raises(StoreUnavailableError, match="is that of another catalogue"):
+                call(catalogue)
+    assert names(catalogue) == ["fr@1"]
+    directory.rename(tmp_path / "other")
+    elsewhere.rename(directory)
+    register(catalogue, "fr", 1)
+    assert names(catalogue) == ["fr@1", "fr@2"]
+    catalogue.close()

@@ -1,10 +1,10 @@
 """What a training step keeps between its passes, and the most it needs on top of that, computed from shapes.
 
 All results are in bytes. N tokens go through the layers, virtual ones included; B rows of T tokens are padded if their
-lengths differ, and attend to C positions before their own. e is the size of the compute dtype; float32 takes 4 bytes.
-L is the number of layers, D the hidden size, Q = H · K and KV = Hkv · K the features of queries and of keys, I the
-width of the feed-forward, V the vocabulary size, M the number of learned tokens, R the ranks of low-rank deltas. With
-experts, a token goes through k of E.
+lengths differ, and attend to C positions before their own. e is the size of the compute dtype; float32 takes 4 bytes. L
+is the number of layers, D the hidden size, E that of an embedding, Q = H · K and KV = Hkv · K the features of queries
+and of keys, I the width of the feed-forward, V the vocabulary size, M the number of learned tokens, R the ranks of low-
+rank deltas. With experts, a token goes through k of E.
 """
 
 from __future__ import annotations
@@ -113,11 +113,16 @@ def residual_bytes(step: Step) -> int:
 def inputs_kept(step: Step, reads_one: bool) -> int:
     """What is kept of the stream outside the layers: 4 · N · D each.
 
-    It is each layer's input, the last one's output, unless one row of each text is read of it, and the embeddings' sum
-    if that is normed and trained virtual tokens are in it.
+    It is each layer's input, the last one's output, unless one row of each text is read of it, the embeddings' sum,
+    4 · N · E, if that is normed and trained virtual tokens are in it, and for each kind of RoPE a cosine and a sine for
+    each pair of rotated values.
     """
-    is_normed = step.architecture.embedding.norm is not None and step.adapter.num_in_layers > 0
-    return (step.architecture.num_layers + (not reads_one) + is_normed) * residual_bytes(step)
+    architecture, values = step.architecture, _FLOAT * step.num_tokens
+    embedding, ropes = architecture.embedding, {block.attention.rope for block in architecture.blocks}
+    is_normed = embedding.norm is not None and step.adapter.num_in_layers > 0
+    of_embeddings = values * embedding.size if is_normed else 0
+    angles = values * sum(rope.rotary_dim for rope in ropes if rope is not None)
+    return (architecture.num_layers + (not reads_one)) * residual_bytes(step) + of_embeddings + angles
 
 
 def kept_by_linears(step: Step, fused: str) -> int:
@@ -215,11 +220,17 @@ def layer_backward(step: Step) -> int:
       e · N · (D + ΣR);
     - attention, once what the feed-forward kept has been freed: keys, values and their gradients in float32,
       4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and for one block of
-      queries the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
+      queries the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T), of the C + T no more
+      than the block's windows reach.
     """
     block, batch, e = step.block, step.batch, step.element_bytes
     query, key, num_heads = block.attention.query_size, block.attention.key_size, block.attention.num_heads
-    scores = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
+    num_queries = min(BLOCK, batch.longest)
+    num_seen = step.num_before + batch.longest
+    if (window := block.attention.window) is not None:
+        sides = 2 if block.attention.sees_all else 1
+        num_seen = min(num_seen, num_queries + sides * (window - 1))
+    scores = num_queries * num_seen
     attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query
     attention += 3 * _FLOAT * batch.num_rows * num_heads * scores
     largest = max(feed_forward_backward(step), attention - feed_forward_kept(step))

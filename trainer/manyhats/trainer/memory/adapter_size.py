@@ -16,7 +16,7 @@ from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.methods.bottleneck import bottleneck_size
 from manyhats.trainer.methods.head import head_shapes
 from manyhats.trainer.methods.lora import plan_lora
-from manyhats.trainer.methods.targets import choose_modules
+from manyhats.trainer.methods.targets import choose_modules, with_named_modules
 from manyhats.trainer.methods.virtual_tokens import check_virtual_token_limit
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
@@ -89,19 +89,20 @@ def adapter_size(settings: AdapterSettings, family: Family, head: HeadTask | Non
 
 
 def _size(settings: AdapterSettings, family: Family) -> AdapterSize:
-    architecture = family.architecture
+    architecture, base = family.architecture, _description(family)
+    settings = with_named_modules(settings, base)
     match settings:
         case LoraSettings():
-            return _lora(settings, _description(family))
+            return _lora(settings, base)
         case Ia3Settings():
-            return _ia3(settings, _description(family))
+            return _ia3(settings, base)
         case BottleneckSettings():
             return _bottleneck(settings, architecture)
         case PrefixSettings():
             return _prefix(settings, architecture)
         case PromptSettings():
             num_tokens = settings.num_virtual_tokens
-            return AdapterSize(num_trained=num_tokens * architecture.hidden_size, num_in_layers=num_tokens)
+            return AdapterSize(num_trained=num_tokens * architecture.embedding.size, num_in_layers=num_tokens)
         case PTuningSettings():
             return _p_tuning(settings, architecture)
 
@@ -146,13 +147,13 @@ def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
 
 
 def _bottleneck(settings: BottleneckSettings, architecture: Architecture) -> AdapterSize:
-    """D [b, D], its bias [b], U [D, b], its bias [D], b = D // reduction factor; twice a layer for ``double_seq``."""
+    """D [b, D], its bias [b], U [D, b], its bias [D], b = D // reduction factor; two for ``double_seq``."""
     hidden = architecture.hidden_size
     width = bottleneck_size(settings, hidden)
     num_sites = 2 if settings.variant == "double_seq" else 1
     per_site = 2 * width * hidden + width + hidden
     return AdapterSize(
-        num_trained=architecture.num_layers * num_sites * per_site,
+        num_trained=architecture.num_sets * num_sites * per_site,
         bottlenecks=(width,) * num_sites,
         keeps_bottleneck_input=settings.variant != "parallel",
         begins_behind="attention" if settings.variant == "double_seq" else "layer",
@@ -173,11 +174,11 @@ def _prefix(settings: PrefixSettings, architecture: Architecture) -> AdapterSize
 
 
 def _p_tuning(settings: PTuningSettings, architecture: Architecture) -> AdapterSize:
-    """An embedding [P, D], and linears D → h → h → D with biases."""
-    num_tokens, inner, hidden = settings.num_virtual_tokens, settings.encoder_size, architecture.hidden_size
-    mlp = (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
+    """An embedding [P, E], and linears E → h → h → E with biases."""
+    num_tokens, inner, size = settings.num_virtual_tokens, settings.encoder_size, architecture.embedding.size
+    mlp = (size + 1) * inner + (inner + 1) * inner + (inner + 1) * size
     return AdapterSize(
-        num_trained=num_tokens * hidden + mlp,
-        num_lowered=num_tokens * (hidden + 2 * inner),
+        num_trained=num_tokens * size + mlp,
+        num_lowered=num_tokens * (size + 2 * inner),
         num_in_layers=num_tokens,
     )

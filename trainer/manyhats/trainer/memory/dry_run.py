@@ -21,7 +21,7 @@ from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predi
 from manyhats.trainer.memory.runtime import machine_of
 from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.methods.head import check_reads
-from manyhats.trainer.settings.settings import DataSettings, TrainSettings
+from manyhats.trainer.settings.settings import DataSettings, TrainSettings, with_quantization
 
 NO_DATA = "-"
 """Given in place of a data file to predict without data."""
@@ -46,8 +46,9 @@ def predict_memory(tasks: Sequence[TrainSettings], *, home: Path | None = None) 
         DataError: the data cannot be used for training.
         BaseError: the base cannot do what a task is to do.
     """
+    shape = read_shape(tasks[0].model.model, home)
+    tasks = [with_quantization(settings, shape.quantization) for settings in tasks]
     model = tasks[0].model
-    shape = read_shape(model.model, home)
     tokenizer = _tokenizer(shape)
     sizes = [_task_size(settings, shape, tokenizer) for settings in tasks]
     machine = machine_of(model, num_unread_tokens=0 if tokenizer else shape.architecture.vocab_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from manyhats.adapters.heads import Pooling
 from manyhats.trainer.memory.activations import (
     Step,
     head_bytes,
@@ -157,7 +158,10 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
         "values made of parameters": 2 * _FLOAT * adapter.num_lowered,
         "gradients": _FLOAT * adapter.num_trained,
     }
-    inputs = inputs_kept(step, reads_one=task.settings.head.kind == "classification")
+    reads_one = task.settings.head.kind == "classification"
+    if shape.architecture.pooler.pooling is Pooling.MEAN:
+        reads_one = False
+    inputs = inputs_kept(step, reads_one)
     if model.gradient_checkpointing:
         kept, of_layer = inputs, layer_kept(step)
     else:

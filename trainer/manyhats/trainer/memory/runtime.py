@@ -18,7 +18,7 @@ _STATM = Path("/proc/self/statm")
 _CUDA_CONTEXT_BYTES = 500 * 2**20
 _TOKENIZER_BYTES_PER_TOKEN = 600
 _WORK_BYTES = 92 * 2**20
-"""Threads, buffers for matrix products, and what the allocator holds back; fitted to benchmarks.training_memory."""
+"""Threads, buffers for matrix products, and what the allocator holds back; fitted to benchmarks.training.memory."""
 
 
 def machine_of(model: ModelSettings, *, num_unread_tokens: int) -> Machine:

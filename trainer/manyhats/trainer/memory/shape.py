@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from manyhats.adapters.errors import shown
 from manyhats.engine.checkpoints.checkpoint import check_quantization_config, expected_shapes, read_json
 from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
+from manyhats.engine.checkpoints.loader import Quantization, usual_quantization
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
@@ -59,16 +60,21 @@ class BaseShape:
         return self.family.architecture
 
     @property
+    def quantization(self) -> Quantization:
+        """How a server stores the linears, unless told otherwise."""
+        return usual_quantization(self.architecture, is_stored_nf4=self.is_stored_nf4)
+
+    @property
     def num_linear_parameters(self) -> int:
         """Parameters of the linears in the layers, Σ d_out · d_in."""
         return self.architecture.num_linear_parameters()
 
     @property
     def num_table_parameters(self) -> int:
-        """Parameters of the embedding, V · D, and of the head unless it is tied."""
+        """Parameters of the embedding, V · E, and of the head unless it is tied."""
         architecture = self.architecture
         has_own_head = architecture.head is not None and not architecture.head.is_tied
-        return architecture.vocab_size * architecture.hidden_size * (2 if has_own_head else 1)
+        return architecture.vocab_size * architecture.embedding.size * (2 if has_own_head else 1)
 
     @property
     def num_parameters(self) -> int:

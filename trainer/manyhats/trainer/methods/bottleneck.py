@@ -33,6 +33,7 @@ _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
+        "albert": "AlbertAdapterModel",
         "bert": "BertAdapterModel",
         "distilbert": "DistilBertAdapterModel",
         "electra": "ElectraAdapterModel",
@@ -68,7 +69,7 @@ def make_bottleneck(
     inner = _method_config(settings)
     base, places = model.description, places_of(model.architecture.model_type)
     parameters: dict[str, nn.Parameter] = {}
-    for layer in range(model.architecture.num_layers):
+    for layer in range(base.num_layers):
         for sub_layer in ("attention", "feed_forward") if inner["mh_adapter"] else ("feed_forward",):
             module = full_path(base, f"{places.module(layer, sub_layer)}.adapters.{name}.")
             parameters[f"{module}adapter_down.0.weight"] = kaiming_uniform(size, hidden_size, generator)

@@ -15,10 +15,12 @@ import torch
 from torch import Generator, nn
 
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.formats.peft.tensors import PREFIX
 from manyhats.adapters.formats.saved_head import Part, alternatives
 from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.lowering.lowering import ADAPTERHUB_METHODS, METHODS
 from manyhats.adapters.sites import HEAD, BaseDescription
 from manyhats.trainer.data.head_task import HeadTask, Loss
 from manyhats.trainer.errors import BaseError, SettingError
@@ -48,13 +50,6 @@ _WITHOUT: Mapping[TaskKind, frozenset[str]] = MappingProxyType(
         TaskKind.EMBED: frozenset(),
     }
 )
-UNTRAINED: Mapping[str, str] = MappingProxyType(
-    {
-        "albert": "layers that share their weights",
-        "modernbert": "windows to both sides, and a layer of the base's in front of heads",
-    }
-)
-"""Encoders that are served and not trained, and for what the trainer lacks."""
 _TOKEN_CLASSIFIERS = frozenset(("falcon", "gpt2", "gpt_neox"))
 """Decoders that call their head of tokens ``classifier``; the others' is ``score``."""
 
@@ -63,15 +58,17 @@ def check_reads(settings: TrainSettings, base: BaseDescription) -> None:
     """Check that the base, with an adapter of this method, can do what the task is to do.
 
     Raises:
-        BaseError: it is an encoder, which continues no text; or no library has such a head on it.
+        BaseError: it is an encoder, which continues no text; or no library has such an adapter, or such a head, on it.
     """
     if settings.head.reads:
         check_head(settings.head.task_kind, settings.adapter.method, base)
-    elif base.kind is TaskKind.EMBED:
+        return
+    if base.kind is TaskKind.EMBED:
         raise BaseError(
             f"{base.model_type} is an encoder, which continues no text: set `head` to classification, tokens or "
             "embedding"
         )
+    _check_method(settings.adapter.method, base)
 
 
 def check_head(kind: TaskKind, method: AdapterMethod, base: BaseDescription) -> None:
@@ -80,32 +77,34 @@ def check_head(kind: TaskKind, method: AdapterMethod, base: BaseDescription) -> 
     Raises:
         BaseError: says why not.
     """
+    _check_method(method, base)
     family = base.model_type
-    is_encoder = base.kind is TaskKind.EMBED
-    if family in UNTRAINED:
-        raise BaseError(
-            f"{family} is served, but cannot be trained here: the trainer has no {UNTRAINED[family]}"
-        )
     if family in _WITHOUT[kind]:
         what = "texts" if kind is TaskKind.CLASSIFY else "tokens"
         raise BaseError(f"transformers has no {family} model with a head for classes of {what}")
-    if method is AdapterMethod.BOTTLENECK and kind is not TaskKind.EMBED and not is_encoder:
-        raise BaseError(
-            f"heads beside bottlenecks are AdapterHub's, which are served on encoders, and {family} is none; train "
-            "another method"
-        )
-    if method is AdapterMethod.PREFIX_TUNING and family == "distilbert":
-        raise BaseError("PEFT has no prefix tuning on distilbert, which takes no past keys and values")
-    if method in _VIRTUAL[1:] and is_encoder and base.embedding_size != base.hidden_size:
-        raise BaseError(
-            f"PEFT has no virtual embeddings on this {family}, whose embedding has {base.embedding_size} values a "
-            f"token, and its layers {base.hidden_size}"
-        )
-    reads_pooler = kind is TaskKind.CLASSIFY and any(part.is_base_s for part in _peft_layers(kind, base))
-    if method is not AdapterMethod.BOTTLENECK and reads_pooler and not base.has_pooler:
-        raise BaseError(
-            f"a head of {family} reads the base's pooler, and this base has none; use one whose files have it"
-        )
+    if kind is TaskKind.EMBED:
+        return
+    if method is AdapterMethod.BOTTLENECK:
+        if base.kind is not TaskKind.EMBED:
+            raise BaseError(
+                f"heads beside bottlenecks are AdapterHub's, which are served on encoders, and {family} is none; "
+                "train another method"
+            )
+        return
+    for part in _peft_layers(kind, base):
+        if part.is_base_s and not base.has_pooler:
+            raise BaseError(
+                f"a head of {family} reads the base's {part.module}, and this base has none; use one whose files "
+                "have it"
+            )
+
+
+def _check_method(method: AdapterMethod, base: BaseDescription) -> None:
+    methods = ADAPTERHUB_METHODS if method is AdapterMethod.BOTTLENECK else METHODS
+    try:
+        methods[method].check_base(base)
+    except AdapterError as error:
+        raise BaseError(error.description) from error
 
 
 def with_head(

@@ -27,6 +27,7 @@ from manyhats.trainer.methods.p_tuning import make_p_tuning
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.prefix_tuning import make_prefix
 from manyhats.trainer.methods.prompt_tuning import make_prompt
+from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.methods.warm_start import load_artifact
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
@@ -86,7 +87,7 @@ def make_adapter(
     generator = torch.Generator().manual_seed(seed)
     if head is not None:
         check_head(head.kind, settings.method, model.description)
-    adapter = _make(settings, task, model, generator, limits)
+    adapter = _make(with_named_modules(settings, model.description), task, model, generator, limits)
     if head is not None:
         adapter = with_head(adapter, head, model.description, generator)
     _check(adapter, limits)

@@ -30,7 +30,7 @@ def make_p_tuning(
         SettingError: too many virtual tokens.
     """
     check_num_virtual_tokens(settings.num_virtual_tokens, model, limits)
-    hidden_size, inner = model.architecture.hidden_size, settings.encoder_size
+    size, inner = model.architecture.embedding.size, settings.encoder_size
     own = {
         **prompt_fields(settings.num_virtual_tokens, model),
         "encoder_dropout": 0.0,
@@ -42,10 +42,10 @@ def make_p_tuning(
         method=AdapterMethod.P_TUNING,
         config=peft_config("P_TUNING", model, own),
         parameters={
-            "embedding.weight": normal(settings.num_virtual_tokens, hidden_size, generator),
-            **linear("mlp_head.0", hidden_size, inner, generator),
+            "embedding.weight": normal(settings.num_virtual_tokens, size, generator),
+            **linear("mlp_head.0", size, inner, generator),
             **linear("mlp_head.2", inner, inner, generator),
-            **linear("mlp_head.4", inner, hidden_size, generator),
+            **linear("mlp_head.4", inner, size, generator),
         },
         base=model.description,
         reparametrize=encode_prompt,
@@ -53,7 +53,7 @@ def make_p_tuning(
 
 
 def encode_prompt(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``W₄ relu(W₂ relu(W₀ e + b₀) + b₂) + b₄`` for every virtual token's embedding e, [P, D].
+    """``W₄ relu(W₂ relu(W₀ e + b₀) + b₂) + b₄`` for every virtual token's embedding e, [P, E].
 
     Source: PEFT 0.21, ``PromptEncoder`` with an MLP.
     """

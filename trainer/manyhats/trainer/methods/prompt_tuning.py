@@ -52,11 +52,11 @@ def make_prompt(
 
 
 def _begin(settings: PromptSettings, model: LoadedModel, generator: Generator) -> nn.Parameter:
-    """The initial values, [P, D]."""
+    """The initial values, [P, E]."""
     count = settings.num_virtual_tokens
     match settings.init:
         case "random":
-            return normal(count, model.architecture.hidden_size, generator)
+            return normal(count, model.architecture.embedding.size, generator)
         case "vocabulary":
             ids = torch.randint(model.architecture.vocab_size, (count,), generator=generator)
         case "text":

@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from manyhats.adapters.formats.peft.tensors import Target, find_target
+from manyhats.adapters.formats.saved_head import alternatives
 from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.sites import POOLER, PROJECTION, BaseDescription, Site
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
+from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, Ia3Settings, LoraSettings
 
-_OF_HEADS = ("pooler.dense", "pre_classifier", "classifier.dense", "classifier.out_proj", "classifier")
-"""Modules of heads on encoders, whose ends may be those of a base's."""
+_POOLERS = dict.fromkeys(("camembert", "roberta", "xlm-roberta"), ("pooler.dense",))
+"""What transformers' models without a head have where a head would be, by ``model_type``, though no head reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,20 @@ class ChosenModules:
 
 
 def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> AdapterSettings:
-    """The names that ``all-linear`` stands for, so that records of a training run say what it acted on."""
-    if not isinstance(settings, LoraSettings):
-        return settings
-    asked = settings.target_modules
-    all_linears = [name for name in base.linears if not Site(0, name).is_of_mixture]
-    names = (each for name in asked for each in (all_linears if name == ALL_LINEARS else (name,)))
-    return replace(settings, target_modules=tuple(dict.fromkeys(names)))
+    """The names that ``all-linear`` and IA3's defaults stand for, so that records of a training run have them.
+
+    Where keys and values are in one module with queries, IA3 rescales all of it by default, as PEFT's defaults do.
+    """
+    match settings:
+        case LoraSettings(target_modules=asked):
+            all_linears = [name for name in base.linears if not Site(0, name).is_of_mixture]
+            names = (each for name in asked for each in (all_linears if name == ALL_LINEARS else (name,)))
+            return replace(settings, target_modules=tuple(dict.fromkeys(names)))
+        case Ia3Settings(output_modules=asked) if asked == Ia3Settings().output_modules:
+            sites = [[part.site.name for part in parts] for parts in base.modules.values()]
+            along = (name for names in sites if not set(asked).isdisjoint(names) for name in names)
+            return replace(settings, output_modules=tuple(dict.fromkeys((*asked, *along))))
+    return settings
 
 
 def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) -> ChosenModules:
@@ -104,7 +112,10 @@ def _names_of(paths: Collection[str], chosen: Collection[str], base: BaseDescrip
 
 
 def _modules_of_heads(base: BaseDescription) -> tuple[str, ...]:
-    return _OF_HEADS if base.kind is TaskKind.EMBED else ()
+    """Modules of heads, whose ends may be those of linears."""
+    kinds = (TaskKind.CLASSIFY, TaskKind.CLASSIFY_TOKENS)
+    parts = (part for kind in kinds for layers in alternatives(kind, base) for part in layers)
+    return (*(part.module for part in parts), *_POOLERS.get(base.model_type, ()))
 
 
 def _check_alone(name: str, setting: str, base: BaseDescription) -> None:

@@ -36,11 +36,11 @@ def check_virtual_token_limit(num_virtual_tokens: int, limits: AdapterLimits) ->
 
 
 def prompt_fields(num_virtual_tokens: int, model: LoadedModel) -> dict[str, Any]:
-    """PEFT's ``PromptLearningConfig`` for virtual tokens that are embeddings."""
+    """PEFT's ``PromptLearningConfig`` for virtual tokens that are embeddings, [P, E]."""
     return {
         "num_attention_heads": model.architecture.attention.num_heads,
         "num_layers": model.architecture.num_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": num_virtual_tokens,
-        "token_dim": model.architecture.hidden_size,
+        "token_dim": model.architecture.embedding.size,
     }

@@ -165,8 +165,8 @@ class _Block:
     """Some queries, as rows of T · G, and the keys that any of them sees.
 
     Attributes:
-        hidden: [rows, the last keys seen] bool, or [B · Hkv, 1, keys]: which of those keys each query does not see;
-            None if it sees all.
+        hidden: [rows, the last keys seen] bool, or [B · Hkv, 1 or rows, keys]: which of those keys each query does not
+            see; None if it sees all.
     """
 
     rows: slice
@@ -193,7 +193,7 @@ def _blocks(
     """All queries, block by block; without a window, only the block's own keys can be hidden from them."""
     num_queries, group = queries.shape[2:4]
     if spec.sees_all:
-        yield from _two_way_blocks(queries, keys, lengths)
+        yield from _two_way_blocks(queries, keys, spec.window, lengths)
         return
     before = keys.shape[2] - num_queries
     for first in range(0, num_queries, BLOCK):
@@ -208,14 +208,32 @@ def _blocks(
         yield _Block(slice(first * group, last * group), slice(start, before + last), hidden)
 
 
-def _two_way_blocks(queries: Tensor, keys: Tensor, lengths: Tensor | None) -> Iterator[_Block]:
-    """All queries, which see all keys of their row but the padding at its end."""
-    num_queries, group = queries.shape[2:4]
-    hidden = None
-    if lengths is not None:
-        places = torch.arange(num_queries, device=queries.device)
-        is_padding = places >= lengths.unsqueeze(1)
-        hidden = is_padding.repeat_interleave(queries.shape[1], dim=0).unsqueeze(1)
+def _two_way_blocks(
+    queries: Tensor, keys: Tensor, window: int | None, lengths: Tensor | None
+) -> Iterator[_Block]:
+    """All queries, which see the keys of their row on both sides, but the padding at its end."""
+    num_keys, (num_queries, group) = keys.shape[2], queries.shape[2:4]
+    before = num_keys - num_queries
+    padding = None if lengths is None else _padding(lengths, num_keys, before, queries.shape[1])
     for first in range(0, num_queries, BLOCK):
         last = min(first + BLOCK, num_queries)
-        yield _Block(slice(first * group, last * group), slice(0, keys.shape[2]), hidden)
+        rows = slice(first * group, last * group)
+        if window is None:
+            yield _Block(rows, slice(0, num_keys), padding)
+            continue
+        seen = slice(max(0, before + first - window + 1), min(num_keys, before + last + window - 1))
+        places = torch.arange(seen.start, seen.stop, device=queries.device)
+        at = torch.arange(before + first, before + last, device=queries.device)
+        distances = (places - at.repeat_interleave(group).unsqueeze(1)).abs()
+        hidden = distances >= window
+        if padding is not None:
+            # Padding sees itself: a softmax over nothing would be NaN, and so would gradients.
+            hidden = hidden | (padding[..., seen] & (distances > 0))
+        yield _Block(rows, seen, hidden)
+
+
+def _padding(lengths: Tensor, num_keys: int, before: int, num_kv_heads: int) -> Tensor:
+    """Which keys of B rows are padding: [B · Hkv, 1, keys] bool."""
+    places = torch.arange(num_keys, device=lengths.device) - before
+    is_padding = places >= lengths.unsqueeze(1)
+    return is_padding.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)

@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from manyhats.adapters.heads import Pooling
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.forward import block, embedded, entered, left, logits
 from manyhats.engine.model.rotary import RotaryTables
-from manyhats.engine.model.weights import BlockWeights, Linear, NormWeight, Weights
+from manyhats.engine.model.weights import BlockWeights, NormWeight
 from manyhats.trainer.data.batch import TextBatch, TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import place_deltas
+from manyhats.trainer.model.frozen_base import frozen_base
 from manyhats.trainer.model.head import Head
-from manyhats.trainer.model.linear import FrozenLinears
-from manyhats.trainer.model.maths import FrozenBase, TrainingMaths
+from manyhats.trainer.model.maths import TrainingMaths
 from manyhats.trainer.model.places import text_places
 from manyhats.trainer.model.rows import row_layout
 
@@ -43,7 +42,7 @@ class TrainingDecoder:
         self.architecture = model.architecture
         self._device = device
         self._checkpoints = gradient_checkpointing
-        self._base = _frozen(model.architecture, model.weights, dtype, device)
+        self._base = frozen_base(model.architecture, model.weights, dtype, device)
         self._blocks = [_with_norms_on(device, weights) for weights in model.weights.blocks]
         embedding_norm, final_norm = model.weights.embedding_norm, model.weights.final_norm
         self._weights = replace(
@@ -56,7 +55,7 @@ class TrainingDecoder:
     @property
     def linear_bytes(self) -> int:
         """Resident bytes of the layers' linears."""
-        return sum(linears.num_bytes for groups in self._base.linears for linears in groups.values())
+        return self._base.linear_bytes
 
     def hidden(self, batch: TextBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """Hidden states as heads read them.
@@ -103,12 +102,15 @@ class TrainingDecoder:
         if pooling in (Pooling.FIRST, Pooling.LAST):
             rows = places.first if pooling is Pooling.FIRST else places.last(batch, skipped_token_id)
             return self._left(maths, stream.index_select(0, rows.to(self._device)))
-        if places.num_ahead:
+        num_read = 0
+        if places.num_ahead and _classifies(adapter):
+            num_read = places.num_ahead  # the libraries' models read all rows, whatever they are
+        elif places.num_ahead:
             stream = stream.index_select(0, places.tokens.to(self._device))
         hidden = self._left(maths, stream)
         if pooling is Pooling.ALL:
             return hidden
-        texts = hidden.split(list(batch.segments))
+        texts = hidden.split([num_read + length for length in batch.segments])
         return torch.stack([each.mean(0) if pooling is Pooling.MEAN else each.amax(0) for each in texts])
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
@@ -214,45 +216,16 @@ def _num_ahead(adapter: LoweredAdapter | None, architecture: Architecture) -> in
     return _num_prompt(adapter) if architecture.attention.sees_all else 0
 
 
+def _classifies(adapter: LoweredAdapter | None) -> bool:
+    head = None if adapter is None else adapter.head
+    return head is not None and head.kind is TaskKind.CLASSIFY
+
+
 def _with_ahead(x: Tensor, ahead: Tensor, segments: Sequence[int]) -> Tensor:
     """Rows of texts, [N, …], each text's behind its own copy of other rows, [P, …]."""
     if not len(ahead):
         return x
     return torch.cat([part for text in x.split(list(segments)) for part in (ahead, text)])
-
-
-def _frozen(
-    architecture: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device
-) -> FrozenBase:
-    embedding = weights.embedding.to(device)
-    tied = Linear(embedding)
-    linears = [
-        {
-            group.name: FrozenLinears(
-                [of_block.linears[name] for name in group.names],
-                torch.float32 if group.name == ROUTER else dtype,
-                device,
-            )
-            for group in spec.groups()
-        }
-        for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
-    ]
-    return FrozenBase(
-        architecture=architecture,
-        dtype=dtype,
-        embedding=embedding,
-        positions=None if weights.positions is None else weights.positions.to(device),
-        token_types=None if weights.token_types is None else weights.token_types.to(device),
-        linears=linears,
-        outer={
-            name: FrozenLinears([linear], torch.float32, device)
-            for name, linear in weights.outer.items()
-            if name != "lm_head"
-        },
-        head=None
-        if architecture.head is None
-        else Head(weights.outer.get("lm_head", tied), architecture.head, dtype, device),
-    )
 
 
 def _with_norms_on(device: torch.device, weights: BlockWeights) -> BlockWeights:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from manyhats.adapters import equations
 from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.adapters.heads import Pooling, TaskHead
-from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.primitives import LayerNorm, LoweredAdapter
 from manyhats.trainer.data.batch import IGNORED, ReadBatch
 from manyhats.trainer.data.head_task import HeadTask, Loss
 from manyhats.trainer.model.decoder import TrainingDecoder
@@ -65,13 +66,19 @@ class HeadLoss:
 
 
 def applied(head: TaskHead, x: Tensor) -> Tensor:
-    """``activation(x Wᵀ + b)`` of each layer in turn: [B, E] → [B, outputs]."""
+    """``norm(activation(x Wᵀ + b))`` of each layer in turn: [B, E] → [B, outputs]."""
     for layer in head.layers:
         bias = None if layer.bias is None else layer.bias.to(x.device)
         x = functional.linear(x, layer.weight.to(x.device), bias)
         if layer.activation is not None:
             x = ACTIVATIONS[layer.activation](x)
+        if layer.norm is not None:
+            x = equations.layer_norm(x, _on(x.device, layer.norm))
     return x
+
+
+def _on(device: torch.device, norm: LayerNorm) -> LayerNorm:
+    return LayerNorm(norm.weight.to(device), norm.bias.to(device), norm.eps)
 
 
 def contrastive_loss(

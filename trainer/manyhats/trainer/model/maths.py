@@ -24,41 +24,18 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import EMBEDDING, Site
-from manyhats.engine.model.architecture import Architecture, FeedForward, Group, Learned, Norm, Rope
+from manyhats.engine.model.architecture import FeedForward, Group, Learned, Norm, Rope
 from manyhats.engine.model.forward import StreamNorm
 from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NormWeight
 from manyhats.trainer.model.attention import attend
 from manyhats.trainer.model.deltas import PlacedDeltas
-from manyhats.trainer.model.head import Head
+from manyhats.trainer.model.frozen_base import FrozenBase
 from manyhats.trainer.model.linear import FrozenLinears, adapted_product, frozen_product, low_rank_update
 from manyhats.trainer.model.rows import RowLayout
 
 # Rows at a time on a CPU, so that their float32 values stay in its caches.
 _CACHED_VALUES = 1 << 18
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FrozenBase:
-    """The base's operations under autograd, on the device.
-
-    Attributes:
-        dtype: of the products, and of the outputs of norms, activations and attention.
-        positions: learned vectors [rows, D]; None for none.
-        token_types: the same for types of tokens.
-        linears: for each layer, its groups by name.
-        outer: linears outside the layers, but the head, by name; float32.
-        head: None for an encoder.
-    """
-
-    architecture: Architecture
-    dtype: torch.dtype
-    embedding: Tensor
-    positions: Tensor | None
-    token_types: Tensor | None
-    linears: list[dict[str, FrozenLinears]]
-    outer: Mapping[str, FrozenLinears]
-    head: Head | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

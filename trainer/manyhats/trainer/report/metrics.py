@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from manyhats.adapters.tags import OUTSIDE, are_tags, tagged_entities
 from manyhats.trainer.data.head_tokens import NOTHING
 
 Metrics = dict[str, float]
 """By name: ``accuracy``, ``f1``, ``mrr`` or ``pearson``."""
-_OUTSIDE = "O"
 
 
 def of_classes(predicted: NDArray[np.int64], right: NDArray[np.int64]) -> Metrics:
@@ -58,36 +58,18 @@ def of_tags(
         (own, wanted) for row in zip(predicted, right, strict=True) for own, wanted in zip(*row, strict=True)
     ]
     accuracy = sum(own == wanted for own, wanted in pairs) / len(pairs)
-    if not any(name.startswith(("B-", "I-")) for name in names):
+    if not are_tags(names):
         return {"accuracy": accuracy, "f1": macro_f1(*(np.array(each) for each in zip(*pairs, strict=True)))}
     found, wanted = (
         {
-            (row, *entity)
+            (row, entity)
             for row, tags in enumerate(rows)
-            for entity in entities([_OUTSIDE if tag == NOTHING else names[tag] for tag in tags])
+            for entity in tagged_entities([OUTSIDE if tag == NOTHING else names[tag] for tag in tags])
         }
         for rows in (predicted, right)
     )
     hits = len(found & wanted)
     return {"accuracy": accuracy, "f1": _f1(hits, len(found) - hits, len(wanted) - hits)}
-
-
-def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The entities that words' tags make, as the server makes them: label, first word, and the one after the last.
-
-    B-X begins an X; I-X, or X alone, continues the one before it, or begins one if that has another label.
-    """
-    found: list[tuple[str, int, int]] = []
-    for place, tag in enumerate(tags):
-        label = tag[2:] if tag.startswith(("B-", "I-")) else tag
-        if label == _OUTSIDE:
-            continue
-        last = found[-1] if found else None
-        if last is not None and not tag.startswith("B-") and last[0] == label and last[2] == place:
-            found[-1] = (label, last[1], place + 1)
-        else:
-            found.append((label, place, place + 1))
-    return found
 
 
 def of_ranks(ranks: Sequence[int]) -> Metrics:

@@ -104,7 +104,7 @@ def weights_digest(weights: Weights) -> str:
 
 def _tensors(weights: Weights) -> Iterator[Tensor]:
     yield weights.embedding
-    for block in weights.blocks:
+    for block in weights.sets:
         for linear in block.linears.values():
             yield from _matrix_tensors(linear.matrix)
             if linear.bias is not None:
@@ -120,8 +120,9 @@ def _tensors(weights: Weights) -> Iterator[Tensor]:
         yield weights.positions
     if weights.token_types is not None:
         yield weights.token_types
-    if weights.embedding_norm is not None:
-        yield from _norm_tensors([weights.embedding_norm])
+    for norm in (weights.embedding_norm, weights.pooler_norm):
+        if norm is not None:
+            yield from _norm_tensors([norm])
 
 
 def _norm_tensors(norms: Iterable[NormWeight]) -> Iterator[Tensor]:

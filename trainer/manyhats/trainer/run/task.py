@@ -56,7 +56,7 @@ from manyhats.trainer.run.interrupt import TrainingInterrupted
 from manyhats.trainer.run.measuring import Measuring
 from manyhats.trainer.run.state import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
-from manyhats.trainer.settings.settings import TrainSettings
+from manyhats.trainer.settings.settings import TrainSettings, with_quantization
 
 _TELL_EVERY_S = 0.2
 
@@ -103,6 +103,7 @@ class TaskTraining:
         self, settings: TrainSettings, base: TrainingBase, *, resume: bool, listener: Listener
     ) -> None:
         settings = replace(settings, adapter=with_named_modules(settings.adapter, base.model.description))
+        settings = with_quantization(settings, base.model.quantization)
         self._settings = settings
         self._out = Path(settings.out)
         self._base = base

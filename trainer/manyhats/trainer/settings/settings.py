@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from manyhats.settings.declaration import grouped, setting
@@ -127,6 +127,7 @@ class OptimizationSettings:
 class ModelSettings:
     """The base, and how it is computed; ``qlora`` is LoRA with ``nf4``.
 
+    ``quantization`` ``auto`` is that of a server that is told nothing else, so that what is trained is what is served.
     ``dtype`` is that of the linears' products; ``auto`` is bfloat16 if the processor has it, else float32.
     """
 
@@ -136,8 +137,12 @@ class ModelSettings:
         metavar="DIR|ID|ALIAS",
         help="A Hugging Face directory, a hub id, or a known model's name; with --dry-run also a config.json.",
     )
-    quantization: Literal["nf4", "none"] = setting(
-        "nf4", group=MODEL, shown="nf4; none for lora", help="How the base's linears are stored."
+    quantization: Literal["auto", "nf4", "none"] = setting(
+        "auto",
+        group=MODEL,
+        shown="auto; none for lora, nf4 for qlora",
+        help="How the base's linears are stored; auto is as a server does: nf4 where they have 100 million parameters"
+        " or more.",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "auto",
@@ -201,6 +206,13 @@ class TrainSettings:
         else:
             is_scored = bool(data.eval) or not data.labels
             require(is_scored, "labels", "need evaluation data; set `eval`")
+
+
+def with_quantization(settings: TrainSettings, of_base: Literal["nf4", "none"]) -> TrainSettings:
+    """The base's in place of ``auto``, so that records of a training run have it."""
+    if settings.model.quantization != "auto":
+        return settings
+    return replace(settings, model=replace(settings.model, quantization=of_base))
 
 
 SETTINGS = grouped(TrainSettings, GROUPS)

@@ -29,7 +29,7 @@ from manyhats.trainer.settings.methods import (
 from manyhats.trainer.settings.settings import SETTINGS, ModelSettings, TrainSettings
 
 _TASKS = "tasks"
-_QUANTIZATION = "nf4"
+_AS_SERVED = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Method:
 
     settings: type
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    quantization: str = "nf4"
+    quantization: str = _AS_SERVED
     is_quantized: bool = False
 
     @property
@@ -56,7 +56,7 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "lora": Method(settings=LoraSettings, quantization="none"),
-    "qlora": Method(settings=LoraSettings, is_quantized=True),
+    "qlora": Method(settings=LoraSettings, quantization="nf4", is_quantized=True),
     "dora": Method(settings=LoraSettings, fixed={"use_dora": True}),
     "ia3": Method(settings=Ia3Settings),
     "bottleneck": Method(settings=BottleneckSettings),
@@ -196,7 +196,7 @@ def method_of(settings: TrainSettings) -> str:
     """The method's name, if it is a known one."""
     adapter = settings.adapter
     if isinstance(adapter, LoraSettings):
-        return "dora" if adapter.use_dora else "lora" if settings.model.quantization == "none" else "qlora"
+        return "dora" if adapter.use_dora else "qlora" if settings.model.quantization == "nf4" else "lora"
     return next(name for name, method in METHODS.items() if method.settings is type(adapter))
 
 
@@ -248,7 +248,15 @@ def read_tasks(file: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, ...
         if "task" in shared:
             raise SettingError("task", "must be set for each task")
         _check_used(shared, [{**shared, **each} for each in own])
+    shared = {"quantization": _shared_quantization(shared, own), **shared}
     return _all_distinct([_make(index, each, shared, flags) for index, each in enumerate(own)])
+
+
+def _shared_quantization(shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> str:
+    """The base's by default: what one of the methods needs, or else a server's, for LoRA too."""
+    known = (METHODS.get(str(each.get("method", shared.get("method")))) for each in own)
+    needed = (method.quantization for method in known if method is not None and method.is_quantized)
+    return next(needed, _AS_SERVED)
 
 
 def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
@@ -291,7 +299,7 @@ def _make(
         fitting = {name: shared[name] for name in shared.keys() - of_other_methods(method)}
         winning = {name: flags[name] for name in flags.keys() & fitting.keys()}
         outs = str(shared.get("out") or DEFAULT_OUT)
-        values = {"quantization": _QUANTIZATION, **fitting, **own, **winning}
+        values = {**fitting, **own, **winning}
         values["out"] = own.get("out") or str(PurePath(outs, str(own.get("task"))))
         return make_settings(values)
 

@@ -135,7 +135,7 @@ def _flexible(
 def _pooler(base: BaseDescription) -> SavedLayer:
     if not base.has_pooler:
         raise AdapterInvalidError("use_pooler", "is set, and the base has no pooler")
-    return SavedLayer(None, None, "tanh")
+    return SavedLayer(None, None, "tanh", is_base_s=True)
 
 
 def _layers(name: str, inner: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[SavedLayer, ...]:

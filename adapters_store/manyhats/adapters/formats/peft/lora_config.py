@@ -80,7 +80,6 @@ class LoraConfig:
         lora_bias: every linear's B has a bias.
         target_parameters: parameters that are no module's ``weight``, such as those of experts, or that of a router:
             each is a path or the end of one.
-        ensure_weight_tying: whatever adapts one of two tied modules also adapts the other.
     """
 
     rank: int
@@ -88,7 +87,6 @@ class LoraConfig:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
-    ensure_weight_tying: bool
     target_parameters: tuple[str, ...]
     rank_pattern: ModulePatterns[int]
     alpha_pattern: ModulePatterns[float]
@@ -125,7 +123,6 @@ def parse_lora_config(config: Mapping[str, Any]) -> LoraConfig:
         use_rslora=parse_flag("use_rslora", config.get("use_rslora")),
         use_dora=parse_flag("use_dora", config.get("use_dora")),
         lora_bias=parse_flag("lora_bias", config.get("lora_bias")),
-        ensure_weight_tying=parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")),
         target_parameters=_parse_parameters(config.get(TARGET_PARAMETERS)),
         rank_pattern=compile_patterns(
             "rank_pattern", {k: parse_rank("rank_pattern", v) for k, v in ranks.items()}

@@ -13,7 +13,7 @@ from manyhats.adapters.errors import (
     shown,
 )
 from manyhats.adapters.formats.peft.lora_config import TARGET_PARAMETERS, LoraConfig
-from manyhats.adapters.formats.peft.saved_modules import SavedModules, keeps_tied
+from manyhats.adapters.formats.peft.saved_modules import SavedModules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
     ModuleTensors,
@@ -90,6 +90,19 @@ class LoraPlacements:
         linears = tuple(placement.tensors for placement in self.linears)
         return linears if self.embedding is None else (*linears, self.embedding.tensors)
 
+    def check_tying(self, base: BaseDescription) -> None:
+        """Check that embedding and head, adapted as one, both have their tensors, if either has.
+
+        Raises:
+            AdapterInvalidError: only one has.
+        """
+        ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
+        adapted = {base.module_of(tensors.module) for tensors in self.modules} & ends
+        if len(adapted) == 1:
+            raise AdapterInvalidError(
+                "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted.pop()} has it"
+            )
+
     def check_ranks(self, limits: AdapterLimits) -> None:
         """Check every rank against the limit.
 
@@ -132,28 +145,30 @@ def place_lora(
     """
     grouped = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
     experts, modules = place_experts(grouped, config, base)
-    for tensors in modules:
-        tensors.require(_expected_suffixes(tensors, config, base))
-    misfits = [misfit for tensors in modules if (misfit := _find_misfit(tensors, base)) is not None]
+    targets = [find_target(tensors.module, base, in_mixtures=True) for tensors in modules]
+    found = list(zip(modules, targets, strict=True))
+    for tensors, target in found:
+        if target is not None or is_embedding(tensors.module, base):
+            tensors.require(_expected_suffixes(tensors, target, config, base))
+    misfits = [misfit for each in found if (misfit := _find_misfit(*each, base)) is not None]
     raise_misfits(misfits, modules, base, base_model)
     saved.check_modules({tensors.module for tensors in modules}, base)
-    _check_tying(modules, config, base)
     linears: list[LinearPlacement] = []
     embedding = None
-    for tensors in modules:
-        target = find_target(tensors.module, base, in_mixtures=True)
+    for tensors, target in found:
         if target is not None:
             linears.append(LinearPlacement(target, tensors, *_rank_and_scale(tensors, A, B, config)))
         else:
-            found = _rank_and_scale(tensors, EMBEDDING_A, EMBEDDING_B, config)
-            embedding = EmbeddingPlacement(tensors, *found)
+            rank, scale = _rank_and_scale(tensors, EMBEDDING_A, EMBEDDING_B, config)
+            embedding = EmbeddingPlacement(tensors, rank, scale)
     linears.sort(key=lambda each: each.target.parts[0].site)
     return LoraPlacements(tuple(linears), embedding, experts)
 
 
-def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDescription) -> set[str]:
-    target = find_target(tensors.module, base, in_mixtures=True)
-    if is_embedding(tensors.module, base):
+def _expected_suffixes(
+    tensors: ModuleTensors, target: Target | None, config: LoraConfig, base: BaseDescription
+) -> set[str]:
+    if target is None and is_embedding(tensors.module, base):
         if config.use_dora:
             raise AdapterUnsupportedError(tensors.any_name, "is part of DoRA on the embedding")
         expected = {EMBEDDING_A, EMBEDDING_B}
@@ -172,10 +187,9 @@ def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDes
     return expected
 
 
-def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
+def _find_misfit(tensors: ModuleTensors, target: Target | None, base: BaseDescription) -> Misfit | None:
     """The tensor of a module that does not fit the base; None if all do."""
-    target = find_target(tensors.module, base, in_mixtures=True)
-    if is_embedding(tensors.module, base):
+    if target is None and is_embedding(tensors.module, base):
         expected: dict[str, Sequence[int | str]] = {
             EMBEDDING_A: ("rank", base.vocab_size),
             EMBEDDING_B: (base.embedding_size, "rank"),
@@ -204,9 +218,11 @@ def place_experts(
             wrappers[f"{path}{_INNER * depth}"] = stack, name
     placed, others = [], []
     for tensors in grouped:
-        if tensors.module in wrappers:
-            placed.append(_place_stack(tensors, *wrappers[tensors.module], config, base))
-        elif tensors.module.removesuffix(_INNER) in base.stacks:
+        own = base.stack_of(tensors.module.removesuffix(_INNER))
+        wrapper = f"{own}{_INNER if tensors.module.endswith(_INNER) else ''}"
+        if wrapper in wrappers:
+            placed.append(_place_stack(tensors, *wrappers[wrapper], config, base))
+        elif own is not None:
             raise AdapterInvalidError(
                 tensors.any_name,
                 f"acts on {tensors.module}, which {TARGET_PARAMETERS} leaves out; PEFT would not use it",
@@ -289,14 +305,3 @@ def _rank_and_scale(
         raise AdapterInvalidError(tensors.name(a), f"has rank {rank}; the config says {expected}{each}")
     scale = lora_scale(config.alpha_of(module), expected, is_rank_stabilised=config.use_rslora)
     return expected, scale
-
-
-def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:
-    """If embedding and head are adapted as one, both must have their tensors."""
-    modules_adapted = {base.module_of(tensors.module) for tensors in modules}
-    ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
-    adapted = [path for path in ends if path in modules_adapted]
-    if base.is_tied and config.ensure_weight_tying and len(adapted) == 1 and keeps_tied(adapted[0]):
-        raise AdapterInvalidError(
-            "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted[0]} has it"
-        )

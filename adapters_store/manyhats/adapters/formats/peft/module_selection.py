@@ -26,6 +26,8 @@ LAYERS = "layers_to_transform"
 LAYERS_PATTERN = "layers_pattern"
 
 _ALL_LINEARS = "all-linear"
+_KNOWN_ENDS = ("embed_tokens", "lm_head")
+"""The names by which PEFT knows an embedding and a head that are one."""
 
 Matches = Callable[[str], bool]
 
@@ -52,7 +54,7 @@ def check_selected(
     read = {field: value for field, value in config.items() if field not in unread}
     selection = _parse_selection(read, base)
     left_out = [tensors for tensors in modules if selection.field_without(tensors.module) is not None]
-    if base.is_tied and parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")):
+    if is_tying_ensured(read, base):
         # To select one of the two is to select both.
         tied = (base.path_of(EMBEDDING), base.path_of(HEAD))
         if any(selection.field_without(module) is None for module in tied):
@@ -63,6 +65,22 @@ def check_selected(
         raise AdapterInvalidError(
             first.any_name, f"acts on {first.module}, which {field} leaves out; PEFT would not use it"
         )
+
+
+def is_tying_ensured(config: Mapping[str, Any], base: BaseDescription) -> bool:
+    """Whether whatever changes one of a tied embedding and head also changes the other.
+
+    PEFT does as ``ensure_weight_tying`` asks only where the config selects one of them by a name that it knows.
+    """
+    asked = parse_flag("ensure_weight_tying", config.get("ensure_weight_tying"))
+    if not base.is_tied or not asked:
+        return False
+    saved = _parse_names("modules_to_save", config.get("modules_to_save")) or []
+    targets = _parse_names(TARGETS, config.get(TARGETS)) or []
+    names = [*saved, *([] if isinstance(targets, str) else targets)]
+    if any(name.rpartition(".")[2] in _KNOWN_ENDS for name in names):
+        return True
+    return isinstance(targets, str) and any(map(_matching(TARGETS, targets, unclear=True), _KNOWN_ENDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +126,7 @@ def _matching(field: str, names: str | list[str], *, unclear: bool) -> Matches:
     """What a pattern or a list of names matches; ``unclear`` is the answer for a pattern that can't be run."""
     if isinstance(names, list):
         listed = frozenset(names)
-        return lambda module: not listed.isdisjoint(_ends(module))
+        return lambda module: not listed.isdisjoint(ends_of(module))
     compiled = _compile(field, [names], translate)
     if compiled is None:
         return _all if unclear else _none
@@ -150,7 +168,7 @@ def _layer_of(module: str, containers: RegexSet | None) -> int | None:
     return None
 
 
-def _ends(module: str) -> list[str]:
+def ends_of(module: str) -> list[str]:
     """The path itself, and what follows each of its dots."""
     segments = module.split(".")
     return [".".join(segments[at:]) for at in range(len(segments))]

@@ -5,8 +5,7 @@ embedding, or of the head; the file holds the rows themselves, not differences.
 
 If the base's head is its embedding, PEFT keeps one of the two unchanged, unless told otherwise:
 
-- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it, but only where PEFT
-  knows the name (``embed_tokens``, ``lm_head``): it leaves a GPT-2's ``wte`` untied;
+- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it, where PEFT knows them;
 - a weight that is saved without being named there replaces the base's, and so acts on both, or on the other of the two;
 - token rows of the embedding act on both, unless the config gives the head other rows.
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError, shown
-from manyhats.adapters.formats.config_fields import parse_flag
+from manyhats.adapters.formats.peft.module_selection import ends_of, is_tying_ensured
 from manyhats.adapters.formats.peft.tensors import (
     PREFIX,
     Shape,
@@ -47,7 +46,6 @@ _COPY_SUFFIXES = ("base_layer.weight", "token_adapter.base_layer.weight")
 # A trained module once more, which must be equal, and what it was before, which is not used.
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"
 _ROW_SUFFIXES = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
-_TIED_NAMES = frozenset(("embed_tokens", "lm_head"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,7 @@ class SavedModules:
         head_bias: name of the tensor that replaces the head's bias, if it has one.
         embedding_rows, head_rows: the same for single rows.
         copies: embedding or head → name of an adapted module's own weight, saved alongside.
+        bias_copy: the same of the head's own bias; None if there is none.
         resized: embedding or head → name of the weight beneath its trained rows, where it is not the base's size.
         names: all these tensors.
         equal: pairs of names of one weight that is saved twice.
@@ -81,6 +80,7 @@ class SavedModules:
     resized: Mapping[Site, str]
     names: frozenset[str]
     equal: tuple[tuple[str, str], ...] = ()
+    bias_copy: str | None = None
 
     def others(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """All other tensors."""
@@ -139,13 +139,19 @@ class SavedModules:
         return weight
 
     def _check_copies(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> None:
-        """Compare values where the base's are available: those of the head, and so of a tied embedding."""
+        """Compare values where the base's are available."""
         for site, name in self.copies.items():
-            if base.weights is None or not (base.is_tied or site == HEAD):
+            if base.weights is None:
                 continue
-            own, _ = base.weights.linear(HEAD)
-            if not torch.allclose(tensors[name].float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
-                raise BaseMismatchError(name, "was saved alongside, and its values differ from the base's")
+            weight, bias = base.weights.linear(site)
+            _check_copy(name, tensors[name], weight)
+            if site == HEAD and self.bias_copy is not None and bias is not None:
+                _check_copy(self.bias_copy, tensors[self.bias_copy], bias)
+
+
+def _check_copy(name: str, copy: Tensor, own: Tensor) -> None:
+    if not torch.allclose(copy.float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
+        raise BaseMismatchError(name, "was saved alongside, and its values differ from the base's")
 
 
 def find_saved_modules(
@@ -168,31 +174,32 @@ def find_saved_modules(
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
     listed = _listed_modules(config, base)
-    paths = _paths_in(shapes, base)
+    paths = _paths_in_file(shapes, base)
     present = {site: f"{path}.weight" for site, path in paths.items() if f"{path}.weight" in shapes}
     for site in listed:
         if site not in present:
             raise AdapterInvalidError(
                 "modules_to_save", f"names {base.path_of(site)}, but {paths[site]}.weight is missing"
             )
-    rows = _find_rows(config, shapes, base, paths) if own_rows is None else own_rows
+    rows = _find_rows(config, paths, shapes, base) if own_rows is None else own_rows
     copies = _named(paths, _COPY_SUFFIXES, shapes)
     for name in (*present.values(), *copies.values()):
         _check_width(name, shapes[name], base)
     head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
+    bias_copy = _find_bias_copy(copies, shapes, base)
     again = _find_again(paths, present, head_bias, shapes)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
-    is_one = base.is_tied and _acts_on_both(config, present, listed, base)
+    is_one = base.is_tied and bool(present) and (is_tying_ensured(config, base) or not listed)
     first = next(iter(present.values()), None)
     equal = [pair for pair in again if f".{_TRAINED}." in pair[1]]
     equal += [(present[EMBEDDING], present[HEAD])] if is_one and len(present) == 2 else []
     embedding_rows, head_rows = rows.get(EMBEDDING), rows.get(HEAD)
     if base.is_tied and embedding_rows is not None and head_rows is None and HEAD not in present:
         head_rows = embedding_rows
-        tied = (f"{paths[HEAD]}.{suffix}" for suffix in _ROW_SUFFIXES)
+        tied = _rows_names(paths[HEAD])
         equal += [(embedding_rows.tensor, name) for name in tied if name in shapes]
     if head_rows is not None and base.has_head_bias:
         raise AdapterUnsupportedError(
@@ -216,8 +223,9 @@ def find_saved_modules(
         head_rows=head_rows,
         copies={site: name for site, name in copies.items() if shapes[name][0] == base.vocab_size},
         resized=resized,
-        names=frozenset((*tensors, *(() if head_bias is None else (head_bias,)))),
+        names=frozenset((*tensors, *(name for name in (head_bias, bias_copy) if name is not None))),
         equal=tuple(equal),
+        bias_copy=bias_copy,
     )
     _check_sizes(saved, shapes, base)
     return saved
@@ -327,18 +335,17 @@ def _find_head_bias(
     return name
 
 
-def _acts_on_both(
-    config: Mapping[str, Any], present: Collection[Site], listed: Collection[Site], base: BaseDescription
-) -> bool:
-    """Whether a tied base's embedding and head stay one weight."""
-    is_ensured = parse_flag("ensure_weight_tying", config.get("ensure_weight_tying"))
-    is_ensured &= any(keeps_tied(base.path_of(site)) for site in listed)
-    return bool(present) and (is_ensured or not listed)
-
-
-def keeps_tied(path: str) -> bool:
-    """Whether PEFT's ``ensure_weight_tying`` has an effect if this module, an embedding or a head, is named."""
-    return path.rpartition(".")[2] in _TIED_NAMES
+def _find_bias_copy(
+    copies: Mapping[Site, str], shapes: Mapping[str, Shape], base: BaseDescription
+) -> str | None:
+    """The name of an adapted head's own bias, saved alongside its weight."""
+    if HEAD not in copies or not base.has_head_bias:
+        return None
+    name = copies[HEAD].removesuffix("weight") + "bias"
+    if name not in shapes:
+        return None
+    _check_shape(name, shapes[name], (base.vocab_size,))
+    return name
 
 
 def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozenset[Site]:
@@ -351,45 +358,36 @@ def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozens
         if name not in known:
             raise AdapterUnsupportedError(
                 "modules_to_save",
-                f"'{shown(name)}' is trained as a whole; only {_last_name(HEAD, base)} and "
-                f"{_last_name(EMBEDDING, base)} are served",
+                f"'{shown(name)}' is trained as a whole; only {_ends_of(base)} can be here",
             )
     return frozenset(known[name] for name in names)
 
 
 def _names_of_ends(base: BaseDescription) -> dict[str, Site]:
-    """What a config may call embedding and head: their paths, as files may spell them, or the last part of these."""
+    """What a config may call embedding and head: their paths, or the ends of these."""
     return {
-        name: site
-        for site, path in _paths_of_ends(base).items()
-        for spelling in base.spellings_of(path)
-        for name in (spelling, spelling.rpartition(".")[2])
+        name: site for site in (EMBEDDING, HEAD) for path in base.spellings(site) for name in ends_of(path)
     }
 
 
-def _paths_in(names: Collection[str], base: BaseDescription) -> dict[Site, str]:
-    """What the tensors of embedding and head begin with; a file may leave out the beginning of the base's paths."""
-    suffixes = ("weight", *_COPY_SUFFIXES, *_ROW_SUFFIXES)
-    found: dict[Site, str] = {}
-    for site, path in _paths_of_ends(base).items():
-        spellings = [f"{PREFIX}{spelling}" for spelling in base.spellings_of(path)]
-        used = (each for each in spellings if any(f"{each}.{suffix}" in names for suffix in suffixes))
-        found[site] = next(used, spellings[0])
-    return found
+def _paths_in_file(shapes: Mapping[str, Shape], base: BaseDescription) -> dict[Site, str]:
+    """What the tensors' names begin with, of the embedding and of the output head if there is one."""
+    paths = {site: [f"{PREFIX}{path}" for path in base.spellings(site)] for site in (EMBEDDING, HEAD)}
+    return {
+        site: next((path for path in each if any(name.startswith(f"{path}.") for name in shapes)), each[0])
+        for site, each in paths.items()
+        if each
+    }
 
 
-def _paths_of_ends(base: BaseDescription) -> dict[Site, str]:
-    """Paths of the embedding, and of the output head if there is one."""
-    paths = {site: base.path_of(site) for site in (EMBEDDING, HEAD)}
-    return {site: path for site, path in paths.items() if path}
-
-
-def _last_name(site: Site, base: BaseDescription) -> str:
-    return base.path_of(site).rpartition(".")[2]
+def _ends_of(base: BaseDescription) -> str:
+    """What the embedding is called, and the output head if there is one."""
+    names = (base.path_of(site).rpartition(".")[2] for site in (EMBEDDING, HEAD))
+    return " and ".join(name for name in names if name)
 
 
 def _find_rows(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription, paths: Mapping[Site, str]
+    config: Mapping[str, Any], paths: Mapping[Site, str], shapes: Mapping[str, Shape], base: BaseDescription
 ) -> dict[Site, TokenRows]:
     """Embedding or head → its trained rows, for each tensor that the config makes PEFT save."""
     wanted = _parse_indices(config.get("trainable_token_indices"), base)
@@ -398,13 +396,17 @@ def _find_rows(
         wanted.pop(HEAD, None)
     found: dict[Site, TokenRows] = {}
     for site, ids in wanted.items():
-        names = [f"{paths[site]}.{suffix}" for suffix in _ROW_SUFFIXES]
+        names = _rows_names(paths[site])
         name = next((name for name in names if name in shapes), None)
         if name is None:
             raise AdapterInvalidError("trainable_token_indices", f"its rows, {names[0]}, are missing")
         _check_shape(name, shapes[name], (len(ids), base.embedding_size))
         found[site] = TokenRows(name, ids)
     return found
+
+
+def _rows_names(path: str) -> list[str]:
+    return [f"{path}.{suffix}" for suffix in _ROW_SUFFIXES]
 
 
 def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, ...]]:
@@ -418,7 +420,7 @@ def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, .
         if name not in known:
             raise AdapterUnsupportedError(
                 "trainable_token_indices",
-                f"'{shown(name)}' is neither {_last_name(EMBEDDING, base)} nor {_last_name(HEAD, base)}",
+                f"'{shown(name)}' has no rows of tokens; only {_ends_of(base)} can be here",
             )
         if known[name] in parsed:
             raise AdapterInvalidError("trainable_token_indices", f"names {base.path_of(known[name])} twice")

@@ -58,6 +58,10 @@ class BlobCache:
             path.unlink()
         return None
 
+    def has(self, sha256: str) -> bool:
+        """Whether a blob is here, maybe damaged; this is no use of it."""
+        return self._path(sha256).exists()
+
     def put(self, sha256: str, content: bytes | bytearray) -> None:
         """Keep a blob, evicting the least recently used; one that would not fit alone is not kept."""
         path = self._path(sha256)

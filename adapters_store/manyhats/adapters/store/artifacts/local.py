@@ -36,6 +36,10 @@ from manyhats.adapters.store.artifacts.storage import NamedDigests, Swept
 _NAME = re.compile(r"[0-9a-f]{64}")
 _MODE = 0o444  # of every file: published ones never change
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_UNNAMED = os.O_WRONLY | getattr(os, "O_TMPFILE", os.O_DIRECTORY) | os.O_CLOEXEC
+# The system, or the file system, has no files without a name.
+_NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)
+_TRIED_BYTES = 4096
 # The name is taken: by a directory with entries, or by something else.
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 # There is no such directory, or a link in its place.
@@ -53,10 +57,14 @@ class LocalArtifacts:
         StoreError: the directory cannot be created.
     """
 
+    is_far = False
+
     def __init__(self, root: Path, limits: AdapterLimits) -> None:
         self._root = root
         self._artifacts = root / "artifacts"
         self._staging = root / "staging"
+        self._claim_file = root / "catalogue-id"
+        self._is_claimed = False
         self._max_size_bytes = limits.max_size_bytes
         self._use = FileLock(root / "lock")
         self._placement = FileLock(root / "placement.lock")
@@ -68,13 +76,35 @@ class LocalArtifacts:
 
     def claim(self, catalogue_id: str) -> None:
         """Record or check which catalogue names the artifacts, in ``<root>/catalogue-id``."""
-        file = self._root / "catalogue-id"
+        file = self._claim_file
         with store_errors():
             if not file.exists():
                 self._write_claim(file, catalogue_id)
             owner = file.read_text()
         if owner != catalogue_id:
             raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
+        self._is_claimed = True
+
+    def check_reads(self) -> None:
+        """Whether the directory is there: not only where a file system would be mounted."""
+        with store_errors():
+            self._check_there()
+            os.listdir(self._staging)
+
+    def check_writes(self) -> None:
+        """Write a file without a name, so that nobody sees it and nothing of it is left."""
+        with store_errors():
+            self._check_there()
+            try:
+                descriptor = os.open(self._root, _OPEN_UNNAMED, _MODE)
+            except OSError as error:
+                if error.errno in _NO_UNNAMED:
+                    return
+                raise
+            try:
+                os.write(descriptor, bytes(_TRIED_BYTES))
+            finally:
+                os.close(descriptor)
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock shared."""
@@ -91,6 +121,9 @@ class LocalArtifacts:
                 # Whoever renamed it may have died before syncing.
                 sync_directory(self._artifacts)
 
+    def fetch(self, digest: str) -> None:
+        """Does nothing: it is near."""
+
     def read(self, digest: str) -> dict[str, bytearray]:
         """The files of an artifact, checked.
 
@@ -100,6 +133,7 @@ class LocalArtifacts:
         """
         files: dict[str, bytearray] = {}
         left = self._max_size_bytes
+        self._check_there()  # else every artifact would seem lost
         with self._use.shared(), _opened(digest, self._path(digest)) as directory:
             for name in directory.names():
                 with directory.open_file(name, left) as file:
@@ -148,6 +182,10 @@ class LocalArtifacts:
     def gc(self, named: NamedDigests, *, older_than_s: float) -> Swept:
         """``sweep``; age does not matter here, since the lock tells what is in use."""
         return self.sweep(named)
+
+    def _check_there(self) -> None:
+        if not (self._claim_file if self._is_claimed else self._artifacts).exists():
+            raise StoreUnavailableError("store", "its directory is not there")
 
     def _path(self, digest: str) -> Path:
         return self._artifacts / hex_digits(digest)

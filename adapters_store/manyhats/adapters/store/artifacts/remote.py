@@ -61,6 +61,8 @@ class RemoteArtifacts:
         clock: unix time, seconds. Clocks of the store's processes may differ by a few minutes.
     """
 
+    is_far = True
+
     def __init__(
         self,
         objects: ObjectStore,
@@ -85,6 +87,14 @@ class RemoteArtifacts:
         if claims != {own}:
             raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
 
+    def check_reads(self) -> None:
+        """Ask for the claim."""
+        if not self._objects.sizes("catalogues"):
+            raise StoreUnavailableError("store", "it holds no artifacts of a store any longer")
+
+    def check_writes(self) -> None:
+        """Does nothing: only writing an object would tell more than ``check_reads``."""
+
     def publishing(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: see the module."""
         return contextlib.nullcontext()
@@ -103,6 +113,20 @@ class RemoteArtifacts:
         for name, content in files.items():
             self._keep(hashes[name][0], content)
         self._keep(hex_digits(digest), digest_lines(hashes))
+
+    def fetch(self, digest: str) -> None:
+        """Copy an artifact to the cache, unless all of it is there; without one, do nothing.
+
+        Raises:
+            DataLossError, AdapterTooLargeError: as ``read``.
+        """
+        if self._cache is not None and not self._is_cached(digest, self._cache):
+            self.read(digest)
+
+    def _is_cached(self, digest: str, cache: BlobCache) -> bool:
+        """Whether the cache has all of an artifact; what is damaged shows when it is read."""
+        text = cache.get(hex_digits(digest), MAX_MANIFEST_BYTES)
+        return text is not None and all(cache.has(sha256) for sha256, _ in parse_manifest(text).values())
 
     def read(self, digest: str) -> dict[str, bytearray]:
         """The files, from the cache if it has them.

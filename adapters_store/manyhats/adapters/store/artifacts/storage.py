@@ -36,7 +36,12 @@ class ArtifactStorage(Protocol):
 
     A digest is ``sha256:`` and 64 hexadecimal digits; anything else is a ValueError. Every method may raise
     StoreUnavailableError; those that write may also raise StoreFullError.
+
+    Attributes:
+        is_far: whether reading waits for a network, unless it was fetched.
     """
+
+    is_far: bool
 
     def claim(self, catalogue_id: str) -> None:
         """Bind the storage to the catalogue whose rows name its artifacts. Call it before any sweep.
@@ -45,11 +50,32 @@ class ArtifactStorage(Protocol):
             StoreUnavailableError: it belongs to another catalogue, whose artifacts a sweep would remove.
         """
 
+    def check_reads(self) -> None:
+        """Check, cheaply, that artifacts can be read.
+
+        Raises:
+            StoreUnavailableError: none can.
+        """
+
+    def check_writes(self) -> None:
+        """Check, cheaply and as far as can be told without writing one, that artifacts can be added.
+
+        Raises:
+            StoreError: none can.
+        """
+
     def publishing(self) -> AbstractContextManager[None]:
         """Hold off removals, from before ``publish`` until the rows that name the artifacts are committed."""
 
     def publish(self, digest: str, files: Mapping[str, bytes | bytearray]) -> None:
         """Store an artifact; durable on return. An existing whole one is kept, a damaged one replaced."""
+
+    def fetch(self, digest: str) -> None:
+        """Bring an artifact so near that ``read`` waits for no network, if it is far and there is a place for it.
+
+        Raises:
+            DataLossError, AdapterTooLargeError: as ``read``.
+        """
 
     def read(self, digest: str) -> dict[str, bytearray]:
         """The files of an artifact: path inside it → content, checked against the digest.

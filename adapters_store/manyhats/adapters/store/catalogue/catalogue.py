@@ -38,9 +38,9 @@ __all__ = ["IN_MEMORY", "Catalogue"]
 class Catalogue:
     """Tasks, versions and states. Every method is atomic and thread-safe.
 
-    ``resolve``, ``versions``, ``find_digest``, ``has_digest`` and ``page`` only read memory. The others wait for the
-    database. If it fails they raise ``StoreUnavailableError``, or ``StoreFullError`` if its disk is full; nothing has
-    changed then, and look-ups still answer what was known.
+    ``resolve``, ``versions``, ``find_digest``, ``has_digest``, ``pinned`` and ``page`` only read memory. The others
+    wait for the database. If it fails they raise ``StoreUnavailableError``, or ``StoreFullError`` if its disk is full;
+    nothing has changed then, and look-ups still answer what was known.
 
     Args:
         url: ``sqlite:////directory/catalogue.db`` in an existing directory,
@@ -56,7 +56,7 @@ class Catalogue:
         self._index = CatalogueIndex()
         # This process changes the index in the order in which it reads the tables.
         self._lock = threading.Lock()
-        self._seen_generation = 0
+        self._seen_generation = self._num_replaced = 0
         try:
             with _without_collection():
                 self.refresh()
@@ -93,6 +93,10 @@ class Catalogue:
     def has_digest(self, digest: str) -> bool:
         """Whether any version of any task has a digest."""
         return self._index.has_digest(digest)
+
+    def pinned(self) -> list[AdapterRecord]:
+        """The versions that are to stay in memory."""
+        return self._index.pinned()
 
     def page(self, *, task_id: str, after: tuple[str, int], max_records: int) -> list[AdapterRecord]:
         """Up to ``max_records`` versions after ``after`` (task id, version); of one task, or of all ("")."""
@@ -178,6 +182,19 @@ class Catalogue:
             change.to(change.task.activated(version))
             return change.task.versions[version]
 
+    def set_pin(self, name: TaskName, *, is_pinned: bool) -> AdapterRecord:
+        """Keep in memory what a name refers to, now and later, or no longer; see ``CataloguedTask``.
+
+        Returns:
+            The version that it refers to now.
+
+        Raises:
+            TaskNotFoundError, NoActiveVersionError: it refers to no version.
+        """
+        with self._changing(name.task_id) as change:
+            change.to(change.task.pinned(name) if is_pinned else change.task.unpinned(name))
+            return change.task.find(name)
+
     def set_failure(self, task_id: str, version: int, reason: str) -> AdapterRecord:
         """Record why a version cannot be served; or, with an empty reason, that it can.
 
@@ -222,12 +239,16 @@ class Catalogue:
         with self._lock:
             with self._database.read() as connection:
                 generation = read_generation(connection)
-                if generation == self._seen_generation:
+                is_same = self._database.num_replaced == self._num_replaced
+                if is_same and generation == self._seen_generation:
                     return frozenset()
-                changed = read_changed_tasks(connection, self._seen_generation)
+                changed = read_changed_tasks(connection, self._seen_generation if is_same else 0)
+            if not is_same:  # by an older copy, perhaps
+                found = {task.task_id for task in changed}
+                changed += [CataloguedTask(task_id=task_id) for task_id in self._index.task_ids() - found]
             for task in changed:
                 self._index.put(task)
-            self._seen_generation = generation
+            self._seen_generation, self._num_replaced = generation, self._database.num_replaced
             return frozenset(task.task_id for task in changed)
 
     def generation(self) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -59,6 +62,10 @@ class CatalogueDatabase:
     Args:
         url: ``sqlite:////directory/catalogue.db``, ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
 
+    Attributes:
+        catalogue_id: identifies these tables; random, made with them.
+        num_replaced: how often its file was replaced by another copy of these tables.
+
     Raises:
         StoreConfigError: the URL is not supported, or the tables are of another version of this software.
         StoreUnavailableError: the database cannot be reached.
@@ -68,9 +75,15 @@ class CatalogueDatabase:
         parsed = _parse(url)
         self._writers = _create_engine(parsed)
         self._readers = self._writers.execution_options(**_READER_OPTIONS[parsed.get_backend_name()])
+        self.num_replaced = 0
+        is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in _MEMORY
+        self._path = parsed.database if is_file else None
+        self._file: tuple[int, int] | None = None
+        self._file_lock = threading.Lock()
         try:
             with _database_errors(), self._writers.begin() as connection:
                 self.catalogue_id = _open_schema(connection)
+            self._require_file()
         except BaseException:
             self.close()
             raise
@@ -78,12 +91,14 @@ class CatalogueDatabase:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that reads one consistent snapshot."""
+        self._require_file()
         with _database_errors(), self._readers.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[WriteTransaction]:
         """A transaction that writes; it is committed unless the block raises."""
+        self._require_file()
         with _database_errors(), self._writers.begin() as connection:
             counted = update(CATALOGUE).values(generation=CATALOGUE.c.generation + 1)
             generation = connection.execute(counted.returning(CATALOGUE.c.generation)).scalar_one()
@@ -92,6 +107,40 @@ class CatalogueDatabase:
     def close(self) -> None:
         """Close all connections."""
         self._writers.dispose()
+
+    def _require_file(self) -> None:
+        """Open SQLite's file again if another is in its place.
+
+        Connections would go on with the file that they have opened, though it is deleted, moved, or of a file system
+        that is no longer there, and whatever they wrote would be lost. One that is missing would be created, empty.
+
+        Raises:
+            StoreUnavailableError: there is none, or it is not this catalogue's.
+        """
+        if self._path is None:
+            return
+        with self._file_lock:
+            try:
+                status = os.stat(self._path)
+            except OSError as error:
+                raise StoreUnavailableError("catalogue", "its file is not there") from error
+            file = (status.st_dev, status.st_ino)
+            if self._file is not None and file != self._file:
+                self._reopen(self._path)
+            self._file = file
+
+    def _reopen(self, path: str) -> None:
+        # Not by the pool, which must not have a connection to another catalogue.
+        address = f"{Path(path).absolute().as_uri()}?mode=rw"
+        try:
+            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as connection:
+                found = connection.execute(f"SELECT catalogue_id FROM {CATALOGUE.name}").fetchall()
+        except sqlite3.Error as error:
+            raise StoreUnavailableError("catalogue", "its file cannot be read") from error
+        if found != [(self.catalogue_id,)]:
+            raise StoreUnavailableError("catalogue", "its file is that of another catalogue")
+        self._writers.dispose()
+        self.num_replaced += 1
 
 
 # SQLite: see ``_prepare_sqlite``. PostgreSQL by default gives each statement its own snapshot.
@@ -174,8 +223,11 @@ def _open_schema(connection: Connection) -> str:
     """Create the tables if missing; returns the catalogue's id."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
-    if not inspect(connection).has_table(CATALOGUE.name):
-        METADATA.create_all(connection)
+    is_new = not inspect(connection).has_table(CATALOGUE.name)
+    METADATA.create_all(
+        connection
+    )  # also what earlier versions of this software, which ignore it, did not have
+    if is_new:
         fresh = {"id": 1, "schema_version": SCHEMA_VERSION, "catalogue_id": uuid.uuid4().hex, "generation": 0}
         connection.execute(insert(CATALOGUE), fresh)
     found = connection.execute(select(CATALOGUE.c.schema_version)).scalar_one()

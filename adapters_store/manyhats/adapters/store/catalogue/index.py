@@ -22,11 +22,17 @@ class CatalogueIndex:
         # (task id, version) in order, for pages.
         self._order: list[tuple[str, int]] = []
         self._digest_uses: Counter[str] = Counter()
+        self._pinned: dict[tuple[str, int], AdapterRecord] = {}
 
     def task(self, task_id: str) -> CataloguedTask:
         """A task; without versions if it never existed."""
         with self._lock:
             return self._tasks.get(task_id) or CataloguedTask(task_id=task_id)
+
+    def task_ids(self) -> frozenset[str]:
+        """The tasks that have versions."""
+        with self._lock:
+            return frozenset(self._tasks)
 
     def resolve(self, name: TaskName) -> AdapterRecord:
         """The version a name refers to."""
@@ -37,6 +43,11 @@ class CatalogueIndex:
         """Whether any version of any task has a digest."""
         with self._lock:
             return digest in self._digest_uses
+
+    def pinned(self) -> list[AdapterRecord]:
+        """The versions that are to stay in memory."""
+        with self._lock:
+            return list(self._pinned.values())
 
     def page(self, *, task_id: str, after: tuple[str, int], max_records: int) -> list[AdapterRecord]:
         """Up to ``max_records`` versions after ``after`` (task id, version); of one task, or of all ("")."""
@@ -57,6 +68,11 @@ class CatalogueIndex:
             before = self.task(task.task_id)
             self._forget(before.versions[version] for version in before.versions.keys() - task.versions)
             self._learn(task.versions[version] for version in task.versions.keys() - before.versions)
+            for number in before.versions:
+                self._pinned.pop((task.task_id, number), None)
+            for number, record in task.versions.items():
+                if record.is_pinned:
+                    self._pinned[task.task_id, number] = record
             if task.versions:
                 self._tasks[task.task_id] = task
             else:

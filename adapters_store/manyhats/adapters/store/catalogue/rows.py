@@ -15,7 +15,14 @@ from manyhats.adapters.errors import RequestIdReusedError
 from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.catalogue.database import WriteTransaction
-from manyhats.adapters.store.catalogue.tables import ANSWERS, ARTIFACTS, CATALOGUE, TASKS, VERSIONS
+from manyhats.adapters.store.catalogue.tables import (
+    ANSWERS,
+    ARTIFACTS,
+    CATALOGUE,
+    PINS,
+    TASKS,
+    VERSIONS,
+)
 from manyhats.adapters.store.catalogue.task import CataloguedTask, version_state
 
 # How many values one statement uses; databases have limits.
@@ -64,6 +71,7 @@ def write_task(
         old, new = before.versions[number], after.versions[number]
         if (old.state_reason, old.registered_for) != (new.state_reason, new.registered_for):
             _write_change(connection, new)
+    _write_pins(connection, after.task_id, before.pins, after.pins)
     return after
 
 
@@ -73,6 +81,9 @@ def _read_tasks(connection: Connection, condition: ColumnElement[bool]) -> list[
     rows: dict[str, list[Row[Any]]] = {head.task_id: [] for head in heads}
     for row in connection.execute(query):
         rows[row.task_id].append(row)
+    pins: dict[str, set[int]] = {head.task_id: set() for head in heads}
+    for pin in connection.execute(select(PINS).join(TASKS).where(condition)):
+        pins[pin.task_id].add(pin.version)
     return [
         CataloguedTask(
             task_id=head.task_id,
@@ -82,7 +93,8 @@ def _read_tasks(connection: Connection, condition: ColumnElement[bool]) -> list[
             versions=MappingProxyType(
                 {row.version: _read_version(row, head.active_version) for row in rows[head.task_id]}
             ),
-        )
+            pins=frozenset(pins[head.task_id]),
+        ).with_states()
         for head in heads
     ]
 
@@ -132,6 +144,15 @@ def _write_change(connection: Connection, record: AdapterRecord) -> None:
     connection.execute(
         update(VERSIONS).where(is_it).values(failure=record.state_reason, details=details_document(record))
     )
+
+
+def _write_pins(
+    connection: Connection, task_id: str, before: Collection[int], after: Collection[int]
+) -> None:
+    for version in set(before) - set(after):
+        connection.execute(delete(PINS).where(PINS.c.task_id == task_id, PINS.c.version == version))
+    for version in set(after) - set(before):
+        connection.execute(insert(PINS).values(task_id=task_id, version=version))
 
 
 def read_answer(connection: Connection, registration: Registration) -> Registered | None:
@@ -202,6 +223,7 @@ def record_document(record: AdapterRecord) -> dict[str, Any]:
         "size_bytes": record.size_bytes,
         "state": record.state.value,
         "state_reason": record.state_reason,
+        **({"is_pinned": True} if record.is_pinned else {}),
     }
 
 
@@ -246,7 +268,7 @@ def _part(digest: str, weight: float, source: str, text_files: Sequence[str] = (
 
 def read_record(document: Mapping[str, Any]) -> AdapterRecord:
     """The record from a ``record_document``."""
-    return read_details(
+    record = read_details(
         document,
         task_id=document["task_id"],
         version=document["version"],
@@ -255,3 +277,4 @@ def read_record(document: Mapping[str, Any]) -> AdapterRecord:
         state=AdapterState(document["state"]),
         state_reason=document["state_reason"],
     )
+    return replace(record, is_pinned=document.get("is_pinned", False))

@@ -61,6 +61,14 @@ VERSIONS = Table(
     UniqueConstraint("task_id", "digest"),
 )
 
+# What stays in memory: a version, or with number 0 whichever is the active one.
+PINS = Table(
+    "manyhats_pins",
+    METADATA,
+    Column("task_id", ForeignKey(TASKS.c.task_id), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+)
+
 # Which artifacts a version needs: their bytes may be removed when no row names them.
 ARTIFACTS = Table(
     "manyhats_version_artifacts",

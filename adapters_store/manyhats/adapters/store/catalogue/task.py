@@ -10,6 +10,9 @@ from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import DataLossError, NoActiveVersionError, TaskNotFoundError
 from manyhats.adapters.taskid import TaskName
 
+PINNED_NAME = 0
+"""Among the pins of a task: whichever version its name refers to."""
+
 _NO_VERSIONS: Mapping[int, AdapterRecord] = MappingProxyType({})
 
 
@@ -23,6 +26,7 @@ class CataloguedTask:
         last_version: the highest version it ever had.
         active_version: the one the task's name refers to, or None.
         versions: by number, oldest first.
+        pins: the versions that stay in memory, and maybe ``PINNED_NAME``.
     """
 
     task_id: str
@@ -30,6 +34,7 @@ class CataloguedTask:
     last_version: int = 0
     active_version: int | None = None
     versions: Mapping[int, AdapterRecord] = field(default_factory=lambda: _NO_VERSIONS)
+    pins: frozenset[int] = frozenset()
 
     def find(self, name: TaskName) -> AdapterRecord:
         """The version a name refers to: the one it gives, or the active one.
@@ -82,7 +87,7 @@ class CataloguedTask:
         record = self.find(TaskName(self.task_id, version))
         if record.state is AdapterState.FAILED:
             raise DataLossError(record.name, f"cannot be activated: {record.state_reason}")
-        return replace(self, active_version=version)._with_states()
+        return replace(self, active_version=version).with_states()
 
     def with_failure(self, version: int, reason: str) -> CataloguedTask:
         """With a version FAILED for a reason; or, with an empty reason, not failed.
@@ -91,25 +96,49 @@ class CataloguedTask:
             TaskNotFoundError: there is no such version.
         """
         record = self.find(TaskName(self.task_id, version))
-        return replace(self, versions=self._with(replace(record, state_reason=reason)))._with_states()
+        return replace(self, versions=self._with(replace(record, state_reason=reason))).with_states()
+
+    def pinned(self, name: TaskName) -> CataloguedTask:
+        """With a version kept in memory; or, if the name gives none, whichever is active.
+
+        Raises:
+            TaskNotFoundError, NoActiveVersionError: the name refers to no version.
+        """
+        self.find(name)
+        return replace(self, pins=self.pins | {name.version or PINNED_NAME}).with_states()
+
+    def unpinned(self, name: TaskName) -> CataloguedTask:
+        """With a version not kept in memory for its own sake; or, if the name gives none, with none at all.
+
+        Raises:
+            TaskNotFoundError, NoActiveVersionError: the name refers to no version.
+        """
+        self.find(name)
+        pins = frozenset[int]() if name.version is None else self.pins - {name.version}
+        return replace(self, pins=pins).with_states()
 
     def without(self, versions: Collection[int]) -> CataloguedTask:
         """Without some versions."""
         kept = {version: record for version, record in self.versions.items() if version not in versions}
         active = None if self.active_version in versions else self.active_version
-        return replace(self, active_version=active, versions=MappingProxyType(kept))
+        pins = self.pins - set(versions) if kept else frozenset[int]()
+        return replace(self, active_version=active, versions=MappingProxyType(kept), pins=pins)
 
     def _with(self, record: AdapterRecord) -> Mapping[int, AdapterRecord]:
         return MappingProxyType({**self.versions, record.version: record})
 
-    def _with_states(self) -> CataloguedTask:
-        """With states that follow from which version is active; a failed one stays failed."""
+    def with_states(self) -> CataloguedTask:
+        """With states and pins of versions that follow from the task's own; a failed one stays failed."""
         stated = {version: self._stated(record) for version, record in self.versions.items()}
         return replace(self, versions=MappingProxyType(stated))
 
     def _stated(self, record: AdapterRecord) -> AdapterRecord:
         state = version_state(record.version, self.active_version, record.state_reason)
-        return record if record.state is state else replace(record, state=state)
+        is_active = record.version == self.active_version
+        is_pinned = record.version in self.pins or (is_active and PINNED_NAME in self.pins)
+        if (record.state, record.is_pinned) == (state, is_pinned):
+            return record
+        return replace(record, state=state, is_pinned=is_pinned)
 
 
 def version_state(version: int, active_version: int | None, failure: str) -> AdapterState:

@@ -113,22 +113,38 @@ def interleave_nibbles(packed: Tensor) -> Array:
     return (codes[:, 0] | (codes[:, 1] << 4)).reshape(-1).numpy()
 
 
-def pack_low_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A low-rank delta's matrices in the order in which the ``low_rank`` kernel reads them, each as one vector.
+def pack_rows(a: Array, to: Array) -> None:
+    """Write a low-rank delta's A, [R, d_in], as the ``low_rank`` kernel reads it.
+
+    Rows come in fours, eight values of each row in turn, then the remaining rows one by one.
 
     Args:
-        a: [R, d_in]; rows come in fours, eight values of each row in turn, then the remaining rows one by one.
-        b: [d_out, R]; transposed, in blocks of 32 columns, then of eight.
+        a: the matrix, row by row.
+        to: [R · d_in], where to, of the same type.
     """
     rank, d_in = a.shape
     fours = rank - rank % 4
-    rows = a[:fours].view(-1, 4, d_in // LANES, LANES).transpose(1, 2)
-    wide = b.shape[0] - b.shape[0] % 32
-    columns = [b[:wide].view(-1, 32, rank), b[wide:].view(-1, LANES, rank)]
-    return (
-        torch.cat((rows.reshape(-1), a[fours:].reshape(-1))),
-        torch.cat([block.transpose(1, 2).reshape(-1) for block in columns]),
-    )
+    lanes = np.dtype((np.void, LANES * a.itemsize))  # copied as one value: several times as fast
+    rows = a[:fours].view(lanes).reshape(-1, 4, d_in // LANES)
+    to[: fours * d_in].view(lanes).reshape(-1, d_in // LANES, 4)[...] = rows.transpose(0, 2, 1)
+    to[fours * d_in :] = a[fours:].reshape(-1)
+
+
+def pack_columns(b: Array, to: Array) -> None:
+    """Write a low-rank delta's B, [d_out, R], as the ``low_rank`` kernel reads it.
+
+    It is transposed, in blocks of 32 columns, then of eight.
+
+    Args:
+        b: the matrix, row by row.
+        to: [d_out · R], where to, of the same type.
+    """
+    d_out, rank = b.shape
+    wide = d_out - d_out % 32
+    for begin, end, width in ((0, wide, 32), (wide, d_out, LANES)):
+        if begin < end:
+            blocks = b[begin:end].reshape(-1, width, rank).transpose(0, 2, 1)
+            to[begin * rank : end * rank].reshape(-1, rank, width)[...] = blocks
 
 
 def pack_linear(parts: Sequence[Linear]) -> CpuLinear:

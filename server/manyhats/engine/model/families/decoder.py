@@ -46,6 +46,7 @@ LLAMA = Layout(
         "mlp.down_proj": Stored(("down_proj",)),
     },
     norms=NORMS_BEFORE,
+    other_prefixes=("",),
 )
 
 _FUNCTIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")

@@ -58,10 +58,15 @@ def gemma(config: RawConfig, max_context_length: int | None) -> Family:
         hidden_act="gelu_pytorch_tanh",
     )
     refuse(full, "use_bidirectional_attention")
-    # Its files say "gelu" where they mean the tanh form.
-    asked = full.get("hidden_activation") or full["hidden_act"]
+    # Its files say "gelu" where they mean the tanh form; transformers 4 read the other field, 5 does not.
+    asked, other = (
+        "gelu_pytorch_tanh" if value == "gelu" else value
+        for value in (full["hidden_act"], full.get("hidden_activation") or full["hidden_act"])
+    )
+    if asked != other:
+        raise ModelError(f"config.json: hidden_activation {other!r} is not hidden_act, which is {asked!r}")
     return decoder(
-        {**full, "hidden_act": "gelu_pytorch_tanh" if asked == "gelu" else asked},
+        {**full, "hidden_act": asked},
         max_context_length,
         layout=replace(LLAMA, norm_offset=1.0, stores_embedding_scale=True),
         biased=biased_groups(full, feed_forward=False),

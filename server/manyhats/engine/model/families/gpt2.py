@@ -55,6 +55,7 @@ _STARCODER2 = Layout(
         "mlp.c_proj": Stored(("down_proj",)),
     },
     norms={"attention_before": "input_layernorm", "feed_forward_before": "post_attention_layernorm"},
+    other_prefixes=("",),
 )
 
 

@@ -30,6 +30,7 @@ _PHI = Layout(
         "mlp.fc2": Stored(("down_proj",)),
     },
     norms={"attention_before": "input_layernorm"},
+    other_prefixes=("",),
     final_norm="final_layernorm",
 )
 _PHI_QK_NORMS = {"query": "self_attn.q_layernorm", "key": "self_attn.k_layernorm"}

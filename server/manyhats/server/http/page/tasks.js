@@ -122,7 +122,7 @@ export class Tasks {
       { className: isMain ? "main-row" : "" },
       name,
       make("td", { textContent: METHODS[method] ?? method.toLowerCase().replaceAll("_", " "), data: { label: "Method" } }),
-      make("td", { data: { label: "Memory" } }, make("span", { className: "where", textContent: where, data: { where } })),
+      make("td", { data: { label: "Memory" } }, make("span", { className: "where", textContent: adapter.pinned ? `${where}, pinned` : where, data: { where } })),
       requests,
       make("td", { className: "defaults", data: { label: "Defaults" } }, ...labelsOf(adapter)),
       make("td", { className: "actions" }, ...this.#actions(adapter, isMain && numOthers + 1)),

@@ -1,7 +1,7 @@
 """The low-rank delta of one row, of any rank.
 
 Distinct adapters cost what reading them costs, so an adapter's matrices lie in one buffer of its own in the order
-in which they are read (``packing.pack_low_rank``), and are prefetched.
+in which they are read (``packing.pack_rows``, ``pack_columns``), and are prefetched.
 """
 
 from __future__ import annotations

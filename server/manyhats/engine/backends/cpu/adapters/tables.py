@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.engine.backends.cpu.adapters import bottleneck, deltas, expert_deltas
-from manyhats.engine.backends.cpu.packing import LANES, pack_low_rank
+from manyhats.engine.backends.cpu.packing import LANES, Array, as_array, pack_columns, pack_rows
 from manyhats.engine.errors import ModelError
 
 
@@ -33,7 +33,9 @@ class AdapterMemory:
     """
 
     def __init__(self, num_values: int, dtype: torch.dtype) -> None:
-        self._buffer = torch.empty(num_values, dtype=dtype)
+        self._dtype = dtype
+        self._values = as_array(torch.empty(num_values, dtype=dtype))
+        self._address = int(self._values.ctypes.data)
         self._used = 0
         self._vectors: list[Tensor] = []
 
@@ -41,15 +43,17 @@ class AdapterMemory:
     def num_bytes(self) -> int:
         """Resident bytes."""
         vectors = sum(vector.numel() * 4 for vector in self._vectors)
-        return self._buffer.numel() * self._buffer.element_size() + vectors
+        return self._values.nbytes + vectors
 
-    def add_matrix(self, matrix: Tensor) -> int:
-        """Copies a matrix to the next free place, row by row, and returns its address."""
-        end = self._used + matrix.numel()
-        target = self._buffer[self._used : end]
-        target.copy_(matrix.reshape(-1))
+    def add_low_rank(self, a: Tensor, b: Tensor) -> tuple[int, int]:
+        """Packs A [R, d_in] and B [d_out, R] to the next free places, and returns their addresses."""
+        return self._add(a, pack_rows), self._add(b, pack_columns)
+
+    def _add(self, matrix: Tensor, pack: Callable[[Array, Array], None]) -> int:
+        begin, end = self._used, self._used + matrix.numel()
+        pack(as_array(matrix.to(self._dtype)), self._values[begin:end])
         self._used = end
-        return target.data_ptr()
+        return self._address + begin * self._values.itemsize
 
     def add_vector(self, vector: Tensor) -> int:
         """Copies a vector as float32, padded with zeros to whole lanes, and returns its address."""
@@ -101,9 +105,8 @@ class LinearEntries:
         at = delta.site.layer, member
         if self.fields[deltas.RANKS][at]:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
-        a, b = packed_low_rank(delta)
-        self.fields[deltas.A_ADDRESS][at] = memory.add_matrix(a)
-        self.fields[deltas.B_ADDRESS][at] = memory.add_matrix(b)
+        a, b = _add_low_rank(delta, memory)
+        self.fields[deltas.A_ADDRESS][at], self.fields[deltas.B_ADDRESS][at] = a, b
         self.fields[deltas.SCALES][at] = delta.scale
         self.fields[deltas.RANKS][at] = delta.rank
         self._add_gate(at, delta, memory)
@@ -172,9 +175,8 @@ class ExpertEntries:
         at = int(expert) * len(expert_deltas.MEMBERS) + expert_deltas.MEMBERS.index(name)
         if entries[at, expert_deltas.RANK]:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
-        a, b = packed_low_rank(delta)
-        entries[at, expert_deltas.A_ADDRESS] = memory.add_matrix(a)
-        entries[at, expert_deltas.B_ADDRESS] = memory.add_matrix(b)
+        a, b = _add_low_rank(delta, memory)
+        entries[at, expert_deltas.A_ADDRESS], entries[at, expert_deltas.B_ADDRESS] = a, b
         entries[at, expert_deltas.RANK] = delta.rank
         entries.view(np.float32)[at, 2 * expert_deltas.SCALE] = delta.scale
         self.largest_rank = max(self.largest_rank, delta.rank)
@@ -206,15 +208,15 @@ class ExpertTable:
         self.has_entries[:] = self.addresses.any(axis=1)
 
 
-def packed_low_rank(delta: LowRank) -> tuple[Tensor, Tensor]:
-    """Its matrices as the kernels read them.
+def _add_low_rank(delta: LowRank, memory: AdapterMemory) -> tuple[int, int]:
+    """Packs its matrices, and returns their addresses.
 
     Raises:
         ModelError: its dimensions do not fit the kernels' lanes.
     """
     if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
         raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
-    return pack_low_rank(delta.a, delta.b)
+    return memory.add_low_rank(delta.a, delta.b)
 
 
 class SlotTable(ABC):
@@ -329,9 +331,7 @@ class SublayerEntries:
             raise ModelError(f"{delta.site}: one bottleneck a site, not two")
         if delta.activation not in bottleneck.ACTIVATIONS:
             raise ModelError(f"{delta.site}: the CPU kernels do not know the activation {delta.activation!r}")
-        down, up = pack_low_rank(delta.down, delta.up)
-        addresses[bottleneck.DOWN] = memory.add_matrix(down)
-        addresses[bottleneck.UP] = memory.add_matrix(up)
+        addresses[bottleneck.DOWN], addresses[bottleneck.UP] = memory.add_low_rank(delta.down, delta.up)
         addresses[bottleneck.DOWN_BIAS] = memory.add_vector(delta.down_bias)
         addresses[bottleneck.UP_BIAS] = memory.add_vector(delta.up_bias)
         addresses[bottleneck.SCALE] = memory.add_vector(delta.scale.expand(self._hidden_size))
