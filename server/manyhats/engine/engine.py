@@ -317,7 +317,7 @@ class Engine:
         check(self._model.vocab_size if request.adapter is None else ANY_VOCAB_SIZE)
         self._check_accepting()
         check_length(request, 0, self.max_context_length)  # without loading the adapter for it
-        self.check_queue(request.adapter, request.num_tokens)
+        self.check_queue(request.adapter, request.num_tokens, request.deadline_s)
         job_id = self.loop.new_id()
         with self._streams.expected():
             matcher = await self._matcher(request) if isinstance(request, Request) else None
@@ -335,18 +335,21 @@ class Engine:
         self.loop.submit(lambda: self.loop.step.add(job))
         return stream
 
-    def check_queue(self, adapter: AdapterRecord | None = None, num_tokens: int = 0) -> None:
+    def check_queue(
+        self, adapter: AdapterRecord | None = None, num_tokens: int = 0, deadline_s: float | None = None
+    ) -> None:
         """Refuse now what the engine's thread would refuse after its step; before anything is done for it.
 
         Args:
             adapter: of a request; None for the base model.
             num_tokens: of its prompt, as far as that is known.
+            deadline_s: when it must be answered.
 
         Raises:
             QueueFullError: it is refused.
         """
         task = "" if adapter is None else adapter.task_id
-        self.loop.step.scheduler.check_queue(task, num_tokens=num_tokens)
+        self.loop.step.scheduler.check_queue(task, num_tokens=num_tokens, deadline_s=deadline_s)
 
     def _leave(self, stream: Stream) -> None:
         """Read no more of a stream: its job ends within a step, unless it has."""

@@ -6,6 +6,7 @@ EngineError
 │   └── PromptTooLongError
 ├── ModelError                  a model that cannot be loaded or served, and why
 ├── QueueFullError              try again later
+│   └── QueueTooSlowError       it would not be answered by its deadline
 ├── AdapterCapacityError        no room to preload an adapter
 ├── PinLimitError               pinned adapters would not fit in memory
 ├── DrainingError               shutting down; running requests finish
@@ -80,6 +81,19 @@ class QueueFullError(EngineError):
         super().__init__(f"the queue is full: {num} {unit} are waiting{rest}")
         self.limit = limit
         self.retry_after_s = retry_after_s
+
+
+class QueueTooSlowError(QueueFullError):
+    """A request would not be answered by its deadline, for what waits before it; ``retry_after_s`` is a hint."""
+
+    def __init__(
+        self, limit: int, retry_after_s: float, num_ahead: int, needed_s: float, left_s: float
+    ) -> None:
+        super().__init__(limit, retry_after_s)
+        self.args = (
+            f"the queue is too slow: with {num_ahead} requests ahead an answer takes about {needed_s:.1f} s, "
+            f"and the deadline leaves {max(left_s, 0.0):.1f} s",
+        )
 
 
 class AdapterCapacityError(EngineError):

@@ -236,7 +236,9 @@ class EchoEngine:
     async def stop(self, drain_s: float, step_limit_s: float | None = None) -> None:
         self.stopped = True
 
-    def check_queue(self, adapter: AdapterRecord | None = None, num_tokens: int = 0) -> None:
+    def check_queue(
+        self, adapter: AdapterRecord | None = None, num_tokens: int = 0, deadline_s: float | None = None
+    ) -> None:
         if self.queue_error is not None:
             raise self.queue_error
 

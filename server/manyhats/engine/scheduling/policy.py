@@ -57,6 +57,7 @@ class Waiting:
 class _Line:
     """The sequences of one task that wait, at least one, sorted by ``Queue._waiting_rank``."""
 
+    share: float
     sequences: list[Sequence] = field(default_factory=list)
     counted: Waiting = field(default_factory=Waiting)
     num_continuations: int = 0
@@ -71,6 +72,7 @@ class Queue:
 
     Attributes:
         counted: those that wait and count towards ``max_waiting`` and ``max_waiting_tokens``.
+        waiting_since_s: since when some of them have; infinite if none does.
         num_short: those that wait and are not bulk (``Step``).
     """
 
@@ -83,7 +85,10 @@ class Queue:
         self._limits = TaskLimits(config.max_num_sequences, clock)
         self._num_added = 0
         self._num_waiting = 0
+        self._total_share = 0.0  # of tasks that wait
+        self._clock = clock
         self.counted = Waiting()
+        self.waiting_since_s = math.inf
         self.num_short = 0
 
     def __len__(self) -> int:
@@ -154,6 +159,15 @@ class Queue:
             num_tokens <= num_free and self._of(task).num_tokens < _WAITING_PER_FREE_PLACE * num_free
         )
 
+    def num_ahead(self, task: str) -> int:
+        """About how many that wait now begin before one more of a task; callable from any thread.
+
+        Those of its own, and in the same time of each other task as many as their shares allow.
+        """
+        line = self._lines.get(task)
+        num_own, share = (0, 1.0) if line is None else (line.counted.num_requests, line.share)
+        return min(self.counted.num_requests, math.ceil((num_own + 1) * self._total_share / share))
+
     def add(self, sequence: Sequence) -> None:
         """Rank a new sequence after its equals; it waits."""
         priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
@@ -171,7 +185,8 @@ class Queue:
             if not sequence.is_internal:
                 self._shares.begin_waiting(task)
                 self._turns.release()  # one that was there alone is so no longer
-            line = self._lines[task] = _Line()
+            line = self._lines[task] = _Line(sequence.entitlement.share)
+            self._total_share += line.share
         insort(line.sequences, sequence, key=self._waiting_rank)
         self._turns.moved(task)
         self._count(sequence, line, +1)
@@ -184,6 +199,7 @@ class Queue:
         del line.sequences[at]
         if not line.sequences:
             del self._lines[task]
+            self._total_share -= line.share
             self._turns.moved(task)
             if not sequence.is_internal:
                 self._shares.end_waiting(task)
@@ -218,7 +234,9 @@ class Queue:
         self._turns.clear()
         self._limits.clear()
         self._num_waiting = self.num_short = 0
+        self._total_share = 0.0
         self.counted = Waiting()
+        self.waiting_since_s = math.inf
 
     def _count(self, sequence: Sequence, line: _Line, change: int) -> None:
         self._num_waiting += change
@@ -227,6 +245,10 @@ class Queue:
         if sequence.is_counted:
             self.counted.add(sequence, change)
             line.counted.add(sequence, change)
+            if not self.counted.num_requests:
+                self.waiting_since_s = math.inf
+            elif self.waiting_since_s == math.inf:
+                self.waiting_since_s = self._clock()
 
     def _of(self, task: str) -> Waiting:
         line = self._lines.get(task)

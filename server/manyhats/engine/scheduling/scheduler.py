@@ -23,7 +23,7 @@ from collections.abc import Sequence as Seq
 from itertools import islice
 
 from manyhats.adapters.finish_rate import FinishRate
-from manyhats.engine.errors import QueueFullError
+from manyhats.engine.errors import QueueFullError, QueueTooSlowError
 from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.bulk_pace import BulkPace
@@ -47,6 +47,10 @@ _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
 _MAX_LOOKED_AT = 128
 """How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
+_SETTLED_S = 10.0
+"""A window of ``FinishRate``: the rate of one in which some waited all the time is what the machine can do."""
+_CAUTION = 1.5
+"""Answers differ in length, and the rate is that of the best window."""
 
 
 class Scheduler:
@@ -71,6 +75,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.allocator = allocator
+        self._clock = clock
         self._queue = Queue(config, clock)
         self._pace = Pace(clock)
         self._bulk_pace = BulkPace()
@@ -78,7 +83,7 @@ class Scheduler:
         self._paused: set[Sequence] = set()
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._admissions = Admissions(config, allocator, self._prefixes)
-        self.rate = FinishRate()  # of requests' sequences
+        self.rate = FinishRate(clock=clock)  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
 
@@ -108,17 +113,25 @@ class Scheduler:
         """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._queue)
 
-    def check_queue(self, task: str = "", num_elsewhere: int = 0, num_tokens: int = 0) -> None:
+    def check_queue(
+        self,
+        task: str = "",
+        num_elsewhere: int = 0,
+        num_tokens: int = 0,
+        deadline_s: float | None = None,
+    ) -> None:
         """Check that one more may wait; callable from any thread.
 
         Args:
             task: that it is of.
             num_elsewhere: requests that wait elsewhere before they are added.
             num_tokens: of its prompt.
+            deadline_s: when it must be answered.
 
         Raises:
             QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks; or so of
                 tokens.
+            QueueTooSlowError: it would hardly be answered by its deadline.
         """
         waiting = self._queue.counted
         num_ahead = waiting.num_requests + num_elsewhere
@@ -127,6 +140,22 @@ class Scheduler:
         if not self._queue.has_room(task, num_tokens):
             limit, unit = self.config.max_waiting_tokens, "tokens of prompts"
             raise QueueFullError(limit, self.rate.wait_s(num_ahead), waiting.num_tokens, unit)
+        if deadline_s is not None:
+            self._check_deadline(task, deadline_s)
+
+    def _check_deadline(self, task: str, deadline_s: float) -> None:
+        """Refuse what is likely to be given up half-way, so that what is begun is answered.
+
+        How fast requests finish says what this machine can do only once some have always been waiting for a while.
+        """
+        now_s, rate = self._clock(), self.rate.per_second()
+        if now_s - self._queue.waiting_since_s < _SETTLED_S or rate == 0:
+            return
+        num_ahead = self._queue.num_ahead(task)
+        needed_s, left_s = _CAUTION * (num_ahead + len(self._running)) / rate, deadline_s - now_s
+        if needed_s > left_s:
+            limit, wait_s = self.config.max_waiting, self.rate.wait_s(num_ahead)
+            raise QueueTooSlowError(limit, wait_s, num_ahead, needed_s, left_s)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
@@ -248,14 +277,14 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
+        if sequence.is_counted and sequence.status in (SequenceStatus.RUNNING, SequenceStatus.PAUSED):
+            self.rate.finished()  # what gave up waiting says nothing of how fast others are served
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self._queue.leave(sequence)
         self._queue.forget(sequence)
         self._paused.discard(sequence)
-        if sequence.status is not SequenceStatus.FINISHED and sequence.is_counted:
-            self.rate.finished()
         sequence.status = SequenceStatus.FINISHED
 
     def drop(self, job_id: str) -> int:

@@ -88,7 +88,9 @@ class Generations:
         sampling_params = SamplingParams(**sampling.over(defaults.sampling))
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
         speculation_params = SpeculationParams(**speculation.over(defaults.speculation))
-        self._backend.engine.check_queue(adapter)  # before texts are tokenized for nothing
+        self._backend.engine.check_queue(
+            adapter, deadline_s=call.deadline_s
+        )  # before texts are tokenized for nothing
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         prompt_token_ids = await encoder.encode(prompt)
@@ -184,7 +186,7 @@ class Generations:
         """``request`` for a scoring of continuations."""
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.GENERATE, act="score continuations", base=self._backend.info.kind)
-        self._backend.engine.check_queue(adapter)
+        self._backend.engine.check_queue(adapter, deadline_s=call.deadline_s)
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         tokens = await encoder.encode_scoring(prompt, continuations)
