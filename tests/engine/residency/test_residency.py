@@ -365,7 +365,7 @@ def wait_for_pins(residency: AdapterResidency, count: int) -> None:
     """Until ``count`` callers hold or await the adapter a."""
     for _ in range(2000):
         adapter = residency._adapters.get(digest_of("a"))
-        if adapter is not None and adapter.pins.total() == count:
+        if adapter is not None and adapter.leases.total() == count:
             return
         time.sleep(0.002)
     raise AssertionError("the callers never came")

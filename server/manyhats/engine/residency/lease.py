@@ -27,7 +27,7 @@ class ResidentAdapter:
         head: of its task; None if that generates.
         vocab_size: the number of its task's tokens; None if they are the base's.
         num_bytes: of its packed matrices, virtual tokens and head.
-        pins: the number of leases, by version name.
+        leases: how many there are, by version name.
         is_pinned: whether it stays when nobody holds it.
         is_forgotten: whether it is dropped with its last lease.
     """
@@ -39,14 +39,14 @@ class ResidentAdapter:
     head: TaskHead | None = None
     vocab_size: int | None = None
     num_bytes: int = 0
-    pins: Counter[str] = field(default_factory=Counter)
+    leases: Counter[str] = field(default_factory=Counter)
     is_pinned: bool = False
     is_forgotten: bool = False
 
     @property
     def is_evictable(self) -> bool:
         """Whether it may make room for another."""
-        return not self.pins and not self.is_pinned
+        return not self.leases and not self.is_pinned
 
 
 _NO_ADAPTER: Final = ResidentAdapter()

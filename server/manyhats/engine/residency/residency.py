@@ -112,14 +112,14 @@ class AdapterResidency:
                 name
                 for adapter in self._held
                 if adapter.placement is not None and adapter.placement.slot is None
-                for name in adapter.pins
+                for name in adapter.leases
             )
 
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a request holds this version; another with the same bytes does not count."""
         with self._lock:
             adapter = self._adapters.get(record.digest)
-            return adapter is not None and adapter.pins[record.name] > 0
+            return adapter is not None and adapter.leases[record.name] > 0
 
     def try_lease(self, record: AdapterRecord) -> Lease | None:
         """Lease a loaded adapter; None if it isn't loaded."""
@@ -213,13 +213,13 @@ class AdapterResidency:
             if adapter is None:
                 return
             adapter.is_forgotten, adapter.is_pinned = True, False
-            if adapter.pins:
+            if adapter.leases:
                 return
             self._drop(digest)
         self._on_room()
 
     def _lease(self, record: AdapterRecord, adapter: ResidentAdapter) -> Lease:
-        adapter.pins[record.name] += 1
+        adapter.leases[record.name] += 1
         self._held.add(adapter)
         adapter.is_forgotten = False  # registered again
         self._adapters.move_to_end(record.digest)
@@ -229,10 +229,10 @@ class AdapterResidency:
         with self._lock:
             if self._adapters.get(record.digest) is not adapter:
                 return  # it could not be loaded
-            adapter.pins[record.name] -= 1
-            if not adapter.pins[record.name]:
-                del adapter.pins[record.name]
-            is_idle = not adapter.pins
+            adapter.leases[record.name] -= 1
+            if not adapter.leases[record.name]:
+                del adapter.leases[record.name]
+            is_idle = not adapter.leases
             if is_idle:
                 self._held.discard(adapter)
                 if adapter.is_forgotten:
