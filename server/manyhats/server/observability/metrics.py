@@ -1,27 +1,22 @@
-"""Every metric of the server: names, labels, buckets, and how they are updated."""
+"""What the server counts: names, labels, buckets, and how they are updated."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.output import StepOutput, StepStats, Usage
 from manyhats.engine.residency.tiers import Tier
-from manyhats.server.observability import gateway
-from manyhats.server.observability.gauges import gauge, single
+from manyhats.server.observability.live import LiveMetrics
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
     from manyhats.server.access.tls import ServerTls
     from manyhats.server.service.backend import Backend
-
-_DAY_S = 86_400
 
 # Seconds. The first bounds suit a tiny model, the last a long queue.
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -34,23 +29,6 @@ _TURN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _COMPILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-_LIVE = (
-    "manyhats_adapters",
-    "manyhats_tls_certificate_expiry_days",
-    "manyhats_requests_running",
-    "manyhats_requests_waiting",
-    "manyhats_kv_cache_usage_ratio",
-    "manyhats_kv_blocks",
-    "manyhats_model_bytes",
-    "manyhats_engine_heartbeat_timestamp_seconds",
-    "manyhats_adapter_resident",
-    "manyhats_store_usable",
-    "manyhats_adapter_pinned",
-    "manyhats_adapter_pinned_bytes",
-    "manyhats_adapter_evictions_total",
-    *gateway.NAMES,
-)
 
 
 class Metrics:
@@ -240,100 +218,3 @@ class Metrics:
         for metric in (*by_task, *tokens):
             metric.remove_by_labels({"task": task_id})
         self._of_tokens.pop(task_id, None)
-
-
-class LiveMetrics:
-    """Gauges read at each scrape from engine snapshots, which never wait for a step."""
-
-    def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
-        self.backend: Backend | None = None
-        self.tls: ServerTls | None = None
-        self._versions = versions
-        self._labels = labels
-        self._clock = clock
-
-    def describe(self) -> Iterator[Metric]:
-        """Their names, by which a scrape may ask for them."""
-        for name in _LIVE:
-            yield GaugeMetricFamily(name, "")
-
-    def collect(self) -> Iterator[Metric]:
-        """All gauges; those of the engine once there is one."""
-        backend, records = self.backend, self._versions.records()
-        states = Tally(record.state for record in records)
-        counts = [((state.name.lower(),), states[state]) for state in AdapterState]
-        yield gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
-        if self.tls is not None:
-            yield self._expiry_gauge(self.tls)
-        if backend is None:
-            yield gateway.adapter_gauge(0, (), (), (), self._clock())
-            return
-        tiers = backend.engine.adapter_tiers()
-        residents = [(record, tiers[record.digest]) for record in records if record.digest in tiers]
-        placed = (record for record, tier in residents if tier is Tier.DEVICE)
-        yield from self._engine_gauges(backend)
-        yield self._resident_gauge(residents)
-        yield gauge(
-            "manyhats_store_usable",
-            "Whether the store can be used: its catalogue, and to read and write adapters.",
-            ["use"],
-            [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
-        )
-        pinned = backend.engine.pinned_digests()
-        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
-        evictions = CounterMetricFamily(
-            "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
-        )
-        residency = backend.engine.residency_stats
-        evictions.add_metric([Tier.DEVICE.value], residency.num_slot_evictions)
-        evictions.add_metric([Tier.HOST.value], residency.num_evictions)
-        yield evictions
-        yield single("manyhats_adapter_pinned_bytes", "Bytes of pinned adapters.", residency.pinned_bytes)
-        yield from gateway.load_gauges(backend)
-        waiting = backend.engine.stats.waiting_adapters
-        yield gateway.adapter_gauge(backend.limits.max_adapters, placed, waiting, records, self._clock())
-
-    def _engine_gauges(self, backend: Backend) -> Iterator[Metric]:
-        stats = backend.engine.stats
-        total, used, cached = stats.kv_blocks_total, stats.kv_blocks_used, stats.kv_blocks_cached
-        blocks = [(("used",), used), (("cached",), cached), (("free",), total - used - cached)]
-        parts = [((part,), num_bytes) for part, num_bytes in backend.engine.model_bytes.items()]
-        yield single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
-        yield single(
-            "manyhats_requests_waiting",
-            "Sequences that wait for a first step, and requests for their adapter or constraint.",
-            stats.num_waiting,
-        )
-        yield single(
-            "manyhats_kv_cache_usage_ratio", "KV blocks in use, of all; 0 to 1.", used / max(total, 1)
-        )
-        yield gauge(
-            "manyhats_kv_blocks", "KV blocks: used, cached (free, with a prefix) or free.", ["state"], blocks
-        )
-        yield gauge("manyhats_model_bytes", "Bytes in memory, by part of the model.", ["part"], parts)
-        yield single(
-            "manyhats_engine_heartbeat_timestamp_seconds", "When the engine last turned.", stats.heartbeat_s
-        )
-
-    def _expiry_gauge(self, tls: ServerTls) -> Metric:
-        """In days, not in seconds, as certificates are counted."""
-        now_s = self._clock()
-        values = [
-            ((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.current.validities
-        ]
-        return gauge(
-            "manyhats_tls_certificate_expiry_days",
-            "Days until the first certificate of a file expires; negative once it has.",
-            ["file"],
-            values,
-        )
-
-    def _resident_gauge(self, residents: Iterable[tuple[AdapterRecord, Tier]]) -> Metric:
-        counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
-        values = list(counts.items())
-        return gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
-
-    def _pinned_gauge(self, pinned: Iterable[AdapterRecord]) -> Metric:
-        counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
-        values = [((label,), count) for label, count in counts.items()]
-        return gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)
