@@ -40,7 +40,7 @@ def open_engine(
         load: reads and lowers an artifact; called on loader threads.
         fetch: brings an artifact from afar before it is loaded; None if all are near.
         backend: runs it; the CPU's by default.
-        background: the process's other work, which is left a processor while it lasts.
+        background: makes the threads of the process's other work.
         progress: called with how many kernels are compiled.
 
     Raises:

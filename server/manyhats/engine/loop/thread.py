@@ -110,7 +110,8 @@ class Loop:
         """
         logits = self.streams.expect(prompt.id)
         self.submit(lambda: self.step.add(prompt))
-        return self.background.wait_for(logits)
+        result: Logits = logits.result()
+        return result
 
     def wake(self) -> None:
         """Wake the thread to check for work; callable from any thread."""

@@ -60,7 +60,7 @@ class AdapterLoading:
     ) -> None:
         self.residency = residency
         self._fetch = fetch
-        self._fetchers = background.threads(MAX_FETCHES, "adapter-fetcher", is_work=False)
+        self._fetchers = background.threads(MAX_FETCHES, "adapter-fetcher")
         self._fetches: dict[str, _Fetch] = {}
         self._threads = background.threads(MAX_LOADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
