@@ -49,7 +49,7 @@ _MAX_LOOKED_AT = 128
 """How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
 _SETTLED_S = 10.0
 """A window of ``FinishRate``: the rate of one in which some waited all the time is what the machine can do."""
-_CAUTION = 1.5
+_CAUTION = 2.0
 """Answers differ in length, and the rate is that of the best window."""
 
 
