@@ -27,7 +27,7 @@ from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.threads.openmp import in_own_thread
 
 _GREEDY = SamplingParams()
-_MAX_SEQUENCES = max(64, *HELD_COUNTS)
+_MAX_SEQUENCES = max(64, *(2 * count for count in HELD_COUNTS))  # a task is not given the last seats
 
 
 @dataclass(frozen=True, slots=True)

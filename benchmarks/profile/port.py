@@ -21,7 +21,7 @@ _FEW = 2
 def port_times(workload: Workload, cases: Sequence[Case]) -> Mapping[str, float]:
     """Case's name → seconds a step; empty where the system does not count the time of threads."""
     most = max(case.num_sequences for case in cases)
-    with serving(workload, max_sequences=most) as server:
+    with serving(workload, max_sequences=2 * most) as server:
         if thread_seconds(server.pid) is None:
             return {}
         with Worker(ClientSession, workload, server.grpc) as client:

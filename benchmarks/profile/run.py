@@ -159,7 +159,8 @@ def _profiles(options: argparse.Namespace, workload: Workload, rates: Rates) -> 
     port = port_times(workload, cases)
     config = EngineConfig(
         num_threads=options.threads,
-        max_num_sequences=max(place.num_sequences for place in places),
+        max_num_sequences=2
+        * max(place.num_sequences for place in places),  # a task is not given the last seats
         max_num_batched_tokens=max(place.num_sequences * place.context for place in places),
         kv_cache_bytes=max(place.cell_bytes(architecture) for place in places),
     )
