@@ -77,7 +77,7 @@ class Engine:
         self._streams = loop.streams
         self._probe = probe
         self._num_bytes = num_bytes
-        self.grammars = Grammars(model.num_ids, loop.background)
+        self.grammars = Grammars(model.num_ids)
         self._is_draining = False
         self._is_stopped = False
 

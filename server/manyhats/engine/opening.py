@@ -19,7 +19,7 @@ from manyhats.engine.residency.loading import AdapterLoading, FetchAdapter
 from manyhats.engine.residency.residency import AdapterResidency, LoadAdapter
 from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.scheduler import Scheduler
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.processors import TakenProcessors
 
 
 def open_engine(
@@ -29,7 +29,7 @@ def open_engine(
     *,
     fetch: FetchAdapter | None = None,
     backend: Backend | None = None,
-    background: Background | None = None,
+    taken: TakenProcessors | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
     """An engine, ready to be started.
@@ -40,7 +40,7 @@ def open_engine(
         load: reads and lowers an artifact; called on loader threads.
         fetch: brings an artifact from afar before it is loaded; None if all are near.
         backend: runs it; the CPU's by default.
-        background: makes the threads of the process's other work.
+        taken: counts processors that other processes take; by default as the system reports them.
         progress: called with how many kernels are compiled.
 
     Raises:
@@ -48,7 +48,6 @@ def open_engine(
         FieldInvalidError: the KV cache is too small for a block.
     """
     config = resolve(config)
-    background = background or Background()
     backend = backend or open_backend("cpu", dtype=config.dtype, num_threads=config.num_threads)
     prepared = backend.prepare(model.architecture, model.weights, progress)
     cache = backend.new_cache(
@@ -74,7 +73,7 @@ def open_engine(
     scheduler = Scheduler(limits, BlockAllocator(cache.num_blocks, cache.block_size))
     step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
-    loop = Loop(step, Streams(), backend, background, warm_up)
+    loop = Loop(step, Streams(), backend, taken or TakenProcessors(), warm_up)
     residency = AdapterResidency(
         slots, config.max_loaded_adapters, config.max_adapter_bytes, load, capacity, loop.forget
     )
@@ -88,4 +87,4 @@ def open_engine(
         is_encoder=serving.sees_all,
     )
     num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
-    return Engine(config, serving, loop, AdapterLoading(residency, background, fetch), probe, num_bytes)
+    return Engine(config, serving, loop, AdapterLoading(residency, fetch), probe, num_bytes)

@@ -31,7 +31,6 @@ from manyhats.engine.residency import residency as residency_module
 from manyhats.engine.residency.loading import AdapterLoading
 from manyhats.engine.residency.residency import AdapterResidency
 from manyhats.engine.residency.tiers import Tier
-from manyhats.engine.threads.background import Background
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import (
     collect,
@@ -490,7 +489,7 @@ def test_whoever_comes_and_goes_every_turn_comes_and_no_lease_is_left(
         lease.release()
 
     async def run() -> None:
-        loading = AdapterLoading(residency, Background())
+        loading = AdapterLoading(residency)
         tasks = []
         for number, fate in calls:
             task = asyncio.create_task(use(loading, make_record(f"task {number}")))

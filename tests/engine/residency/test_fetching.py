@@ -15,7 +15,6 @@ from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.errors import DrainingError
 from manyhats.engine.residency.loading import MAX_FETCHES, AdapterLoading
 from manyhats.engine.residency.residency import AdapterResidency
-from manyhats.engine.threads.background import Background
 from support.harnesses.engine import digest_of, make_record, until
 
 
@@ -38,11 +37,10 @@ class Network:
         self.ended: set[str] = set()
         self.may_end: dict[str, threading.Event] = {}
         self.loaded: list[str] = []
-        self.background = Background()
         residency = AdapterResidency(
             cast(AdapterSlots[Any], NoSlots()), 4, 100, self.load, 32, lambda virtual: None
         )
-        self.loading = AdapterLoading(residency, self.background, self.fetch)
+        self.loading = AdapterLoading(residency, self.fetch)
 
     def fetch(self, record: AdapterRecord) -> None:
         task = record.task_id

@@ -16,7 +16,6 @@ from manyhats.engine.sampling import grammars as grammars_module
 from manyhats.engine.sampling.grammars import Grammars
 from manyhats.engine.sampling.matcher import Matcher
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.engine.threads.background import Background
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 from support.fakes.server import eventually
 from support.harnesses.grammars import allowed_ids
@@ -27,7 +26,7 @@ YES = Constraint("choice", ("yes", "no"))
 
 @pytest.fixture
 async def grammars() -> AsyncIterator[Grammars]:
-    made = Grammars(lambda tokenizer: TINY_VOCAB_SIZE, Background())
+    made = Grammars(lambda tokenizer: TINY_VOCAB_SIZE)
     yield made
     made.close()
 
@@ -161,7 +160,7 @@ async def test_an_error_that_nobody_waits_for_is_not_logged(
 
 
 async def test_nothing_is_compiled_after_the_end(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(lambda tokenizer: TINY_VOCAB_SIZE, Background())
+    grammars = Grammars(lambda tokenizer: TINY_VOCAB_SIZE)
     waiting = [
         asyncio.create_task(grammars.matcher(Constraint("choice", (word,)), tokenizer, EOS)) for word in "ab"
     ]

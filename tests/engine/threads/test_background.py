@@ -17,7 +17,7 @@ from manyhats.engine.backends.cpu.compile import max_threads
 from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.opening import open_engine
 from manyhats.engine.request import ResponseOptions
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.background import background_threads
 from manyhats.engine.threads.processors import TakenProcessors
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import collect, load_tiny, make_request, random_ids
@@ -42,38 +42,33 @@ def taken() -> Taken:
     return Taken()
 
 
-@pytest.fixture
-def background(taken: Taken) -> Background:
-    return Background(taken)
-
-
 def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 @linux_only
-def test_its_threads_alone_give_way(background: Background) -> None:
+def test_its_threads_alone_give_way() -> None:
     before = niceness()
-    with background.threads(1, "test") as threads:
+    with background_threads(1, "test") as threads:
         assert threads.submit(niceness).result() > before
     assert niceness() == before
 
 
 @linux_only
-def test_thread_of_the_lowest_priority_keeps_it(background: Background) -> None:
+def test_thread_of_the_lowest_priority_keeps_it() -> None:
     def begin_in_the_lowest() -> int:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        with background.threads(1, "test") as threads:  # its threads begin as this one is
+        with background_threads(1, "test") as threads:  # its threads begin as this one is
             return threads.submit(niceness).result()
 
     with ThreadPoolExecutor(1) as lowest:
         assert lowest.submit(begin_in_the_lowest).result() == 19
 
 
-def test_its_threads_run_torch_s_loops_alone(background: Background) -> None:
+def test_its_threads_run_torch_s_loops_alone() -> None:
     before = torch.get_num_threads()
     try:
-        with background.threads(1, "test") as threads:
+        with background_threads(1, "test") as threads:
             torch.set_num_threads(2)
             assert threads.submit(torch.get_num_threads).result() == 1
     finally:
@@ -82,7 +77,7 @@ def test_its_threads_run_torch_s_loops_alone(background: Background) -> None:
 
 @pytest.mark.skipif(max_threads() < 2, reason="one processor cannot be shared")
 async def test_engine_leaves_a_processor_to_other_processes_and_none_to_its_own_work(
-    tmp_path: Path, background: Background, taken: Taken
+    tmp_path: Path, taken: Taken
 ) -> None:
     model = load_tiny(make_checkpoint(tmp_path / "model", seed=13))
     seen: list[tuple[int, int]] = []
@@ -91,7 +86,7 @@ async def test_engine_leaves_a_processor_to_other_processes_and_none_to_its_own_
         EngineConfig(dtype="float32", num_threads=2, kv_cache_bytes=4 * MIB),
         lambda record: pytest.fail("no adapter is asked for"),
         backend=CpuBackend(2),
-        background=background,
+        taken=taken,
     )
     engine.loop.on_step = lambda stats: seen.append((numba.get_num_threads(), torch.get_num_threads()))
     request = make_request(
@@ -108,7 +103,7 @@ async def test_engine_leaves_a_processor_to_other_processes_and_none_to_its_own_
         seen.clear()
         taken.num = 0
         done = threading.Event()
-        with background.threads(1, "test") as threads:
+        with background_threads(1, "test") as threads:
             threads.submit(done.wait)
             after = await collect(engine, request)
             done.set()

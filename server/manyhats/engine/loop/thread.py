@@ -22,7 +22,7 @@ from manyhats.engine.loop.streams import Streams
 from manyhats.engine.loop.watch import Watch
 from manyhats.engine.output import StepStats
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.processors import TakenProcessors
 
 _HEARTBEAT_S = 0.5
 _PAUSED_S = 0.05
@@ -40,11 +40,10 @@ class Loop:
         step: only used by the thread while that runs.
         streams: receive the events of each turn.
         backend: told before each step how many processors to leave free.
-        background: the process's other work.
+        taken: counts the processors that other processes take.
         prepare: called first, on the thread.
 
     Attributes:
-        background: the process's other work.
         on_step: called with each step's statistics, on the thread.
         failure: the error that ended the thread, if any.
         heartbeat_s: ``time.time()`` of the last turn, unless there are jobs of which none got on.
@@ -56,14 +55,14 @@ class Loop:
         step: Step,
         streams: Streams,
         backend: Backend,
-        background: Background,
+        taken: TakenProcessors,
         prepare: Callable[[], None],
     ) -> None:
         self.step = step
         self.streams = streams
         self.on_step: Callable[[StepStats], None] = lambda stats: None
         self._backend = backend
-        self.background = background
+        self._taken = taken
         self._prepare = prepare
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -157,7 +156,7 @@ class Loop:
     def _turn(self) -> None:
         events = self._take_commands()
         if self.step.has_work:
-            self._backend.leave_processors(self.background.num_to_leave())
+            self._backend.leave_processors(self._taken.count())
             result = self.step.run()
             events += result.events
             if result.stats is not None:

@@ -16,7 +16,7 @@ from manyhats.engine.errors import AdapterCapacityError, DrainingError
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.residency import MAX_LOADS, AdapterResidency
 from manyhats.engine.threads.awaiting import outlived
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.background import background_threads
 
 MAX_FETCHES = 8
 """Adapters that are brought nearer at a time: more than are loaded, since they wait for a network."""
@@ -51,18 +51,15 @@ class AdapterLoading:
 
     Args:
         residency: the adapters in memory.
-        background: makes the threads.
         fetch: called on threads that do not load; None if all artifacts are near.
     """
 
-    def __init__(
-        self, residency: AdapterResidency, background: Background, fetch: FetchAdapter | None = None
-    ) -> None:
+    def __init__(self, residency: AdapterResidency, fetch: FetchAdapter | None = None) -> None:
         self.residency = residency
         self._fetch = fetch
-        self._fetchers = background.threads(MAX_FETCHES, "adapter-fetcher")
+        self._fetchers = background_threads(MAX_FETCHES, "adapter-fetcher")
         self._fetches: dict[str, _Fetch] = {}
-        self._threads = background.threads(MAX_LOADS, "adapter-loader")
+        self._threads = background_threads(MAX_LOADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -15,7 +15,7 @@ from manyhats.engine.errors import DrainingError, FieldInvalidError
 from manyhats.engine.sampling.matcher import Grammar, Matcher
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.engine.threads.awaiting import outlived
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.background import background_threads
 from manyhats.engine.threads.programs import EndedError, Programs, TooSlowError
 
 if TYPE_CHECKING:
@@ -44,18 +44,17 @@ class Grammars:
 
     Args:
         num_ids: the width of the logits of a tokenizer's tasks, at least.
-        background: whose threads compile.
 
     Attributes:
         on_compile: called with the seconds that a compilation took, on its thread.
         num_waiting: requests that wait for their grammar.
     """
 
-    def __init__(self, num_ids: Callable[[Tokenizer], int], background: Background) -> None:
+    def __init__(self, num_ids: Callable[[Tokenizer], int]) -> None:
         self.on_compile: Callable[[float], None] = lambda seconds: None
         self.num_waiting = 0
         self._num_ids = num_ids
-        self._threads = background.threads(1, "grammar")
+        self._threads = background_threads(1, "grammar")
         self._programs = Programs("manyhats.engine.sampling.grammar_program", 1)
         self._grammars: OrderedDict[tuple[_VocabularyKey, bytes], Future[Grammar]] = OrderedDict()
         self._waiting: Counter[Future[Grammar]] = Counter()

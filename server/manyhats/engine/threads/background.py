@@ -9,30 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from manyhats.engine.threads.processors import TakenProcessors
-
 # With 4, a busy thread gets three tenths of a processor that an engine thread also wants.
 _NICENESS = 4
 _MAX_NICENESS = 19
 
 
-class Background:
-    """Makes threads that yield to the engine's, which are so left as many processors as there are.
-
-    Args:
-        taken: counts processors that other processes take; by default as reported by the system.
-    """
-
-    def __init__(self, taken: TakenProcessors | None = None) -> None:
-        self._taken = taken or TakenProcessors()
-
-    def num_to_leave(self) -> int:
-        """Processors that the engine should leave to other processes; on the engine's thread."""
-        return self._taken.count()
-
-    def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
-        """An executor whose threads yield to the process's others."""
-        return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=begin_thread)
+def background_threads(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """An executor whose threads yield to the process's others."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=begin_thread)
 
 
 def begin_thread() -> None:

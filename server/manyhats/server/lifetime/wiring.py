@@ -22,7 +22,7 @@ from manyhats.engine.home import default_home
 from manyhats.engine.opening import open_engine
 from manyhats.engine.progress import Progress
 from manyhats.engine.threads.apart import in_thread
-from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.background import background_threads
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
@@ -65,13 +65,11 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     store = open_adapter_store(config, model.description)
     health = StoreHealth()
     loader = AdapterLoader(store, health, metrics)
-    background = Background()
     engine = open_engine(
         model,
         settings,
         loader,
         fetch=(lambda record: read_from(store.fetch, record, health)) if store.is_far else None,
-        background=background,
         progress=progress,
     )
     engine.loop.on_step = metrics.step
@@ -80,17 +78,17 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         engine=engine,
         store=store,
         store_health=health,
-        store_threads=background.threads(_NUM_STORE_THREADS, "store"),
+        store_threads=background_threads(_NUM_STORE_THREADS, "store"),
         text_threads=TextThreads(
-            brief=ThreadPoolExecutor(1, thread_name_prefix="text"), long=background.threads(1, "long-text")
+            brief=ThreadPoolExecutor(1, thread_name_prefix="text"), long=background_threads(1, "long-text")
         ),
         tokenizer=model.tokenizer,
         task_tokenizers=TaskTokenizers(
             model.texts,
             lambda record: read_from(store.read_text, record, health),
-            reading=background.threads(_NUM_READING_THREADS, "task-files"),
-            rendering=background.threads(_NUM_RENDERING_THREADS, "task-text"),
-            slow=background.threads(1, "slow-task-text"),
+            reading=background_threads(_NUM_READING_THREADS, "task-files"),
+            rendering=background_threads(_NUM_RENDERING_THREADS, "task-text"),
+            slow=background_threads(1, "slow-task-text"),
         ),
         info=ModelInfo(
             kind=model.description.kind,
