@@ -39,9 +39,8 @@ class TaskLimits:
         self._num_seats = num_seats
         self._clock = clock
         self._num_seated = 0
-        self._shares: dict[
-            str, tuple[int, float]
-        ] = {}  # of tasks with unfinished sequences, and how many these are
+        # Of tasks with unfinished sequences: how many these are, and the share.
+        self._shares: dict[str, tuple[int, float]] = {}
         self._all_shares = 0.0
         self._num_running: dict[str, int] = {}
         self._allowances: dict[str, _Allowance] = {}

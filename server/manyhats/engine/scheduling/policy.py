@@ -101,9 +101,8 @@ class Queue:
         queue must not change meanwhile. What it takes grows with how many are given, and hardly with how many wait.
         """
         given: dict[str, float] = {}  # what those of a task add to its counter
-        looked_at: list[
-            tuple[Place, str, int]
-        ] = []  # a heap: the next sequence of each task that has been come to
+        # A heap: the next sequence of each task that has been come to.
+        looked_at: list[tuple[Place, str, int]] = []
 
         def push(task: str, index: int) -> Place | None:
             line = self._lines.get(task)

@@ -224,9 +224,8 @@ def _open_schema(connection: Connection) -> str:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
     is_new = not inspect(connection).has_table(CATALOGUE.name)
-    METADATA.create_all(
-        connection
-    )  # also what earlier versions of this software, which ignore it, did not have
+    # Also what earlier versions of this software, which ignore it, did not have.
+    METADATA.create_all(connection)
     if is_new:
         fresh = {"id": 1, "schema_version": SCHEMA_VERSION, "catalogue_id": uuid.uuid4().hex, "generation": 0}
         connection.execute(insert(CATALOGUE), fresh)
