@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-deploy test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -26,6 +26,7 @@ help:
 	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
 	@echo "make test-slow  run the tests that take longest, which make test leaves out"
+	@echo "make test-deploy  test what stands around a server, on the programs themselves"
 	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-adapterhub  compare adapters on encoders with AdapterHub's library, which it installs apart"
@@ -76,6 +77,10 @@ test-slow: setup
 	scripts/need_postgresql.sh
 	scripts/need_chromium.sh
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# One test at a time: each starts servers that keep the processors busy.
+test-deploy: setup
+	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
 
 # Plain torch computes one row at a time. A file goes to one process, which computes its golden answers once.
 test-torch: setup
