@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from manyhats.client import adapter_convert, convert, encoding_convert
 from manyhats.client.aio_stream import AsyncGenerationStream
-from manyhats.client.channel import DEFAULT_TARGET, open_aio_channel
+from manyhats.client.channel import DEFAULT_TARGET, carrying, open_aio_channel, task_metadata
 from manyhats.client.credentials import Credentials
 from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
@@ -68,7 +68,9 @@ class AsyncClient:
         target: ``host:port`` of the server, or any target gRPC understands.
         timeout_s: the default for calls.
         credentials: for a server that requires TLS or a token; none by default.
-        channel: an open channel to use instead of ``target``; the caller still closes it.
+        retries: whether calls that were refused for now, or found no server, are tried again, up to three times and
+            within their ``timeout_s``, when the server says or after 0.2 s, 0.4 s and 0.8 s.
+        channel: an open channel to use instead of ``target``, with retries of its own; the caller still closes it.
 
     Raises:
         CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
@@ -80,13 +82,16 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         credentials: Credentials | None = None,
+        retries: bool = True,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
         self._own_channel: grpc.aio.Channel | None = None
         if channel is None:
-            channel = self._own_channel = open_aio_channel(target, credentials)
+            channel = self._own_channel = open_aio_channel(target, credentials, retries=retries)
+        else:
+            channel = carrying(channel)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._encoding = encoding_pb2_grpc.EncodingServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
@@ -277,7 +282,8 @@ class AsyncClient:
         files = await asyncio.to_thread(read_files, directory)
         header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
         messages = UploadMessages(header, files, progress)
-        call = self._adapters.UploadAdapter(timeout=self._timeout(timeout_s))
+        timeout_s = self._timeout(timeout_s)
+        call = self._adapters.UploadAdapter(timeout=timeout_s, metadata=task_metadata(header))
         try:
             await _send(call, messages)
             return adapter_convert.registration(await call)

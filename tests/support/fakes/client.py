@@ -92,14 +92,16 @@ def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
 class FakeServer:
     """What the servicers answer, and what they saw.
 
-    ``status`` fails every call; ``is_endless`` never ends a stream.
+    ``status`` fails every call, or the first ``num_failures``; ``is_endless`` never ends a stream.
     """
 
     def __init__(self) -> None:
         self.target = ""
         self.requests: list[Message] = []
         self.authorizations: list[str | bytes | None] = []
+        self.named_tasks: list[str | bytes | None] = []  # by metadata
         self.status: Any = None
+        self.num_failures: int | None = None  # then calls succeed
         self.fail_stream_after: int | None = None
         self.is_endless = False
         self.is_old = False  # tells no limits
@@ -125,7 +127,8 @@ class FakeServer:
         """Records the request, and fails it where the test says so."""
         self.requests.append(request)
         time.sleep(self.delay_s)
-        if self.status is not None and self.fail_stream_after is None:
+        is_well = self.num_failures is not None and len(self.requests) > self.num_failures
+        if self.status is not None and self.fail_stream_after is None and not is_well:
             self.fail(context)
 
     def fail(self, context: grpc.ServicerContext) -> None:
@@ -134,7 +137,15 @@ class FakeServer:
                 next(code for code in grpc.StatusCode if code.value[0] == self.status.code),
                 self.status.message,
             )
-        context.abort_with_status(rpc_status.to_status(self.status))
+        status = rpc_status.to_status(self.status)
+        context.set_trailing_metadata((*status.trailing_metadata, *self.pushback()))
+        context.abort(status.code, status.details)
+
+    def pushback(self) -> tuple[tuple[str, str], ...]:
+        """Of what waiting does not help, or beside ``RetryInfo``, as the server has it."""
+        retry = error_details_pb2.RetryInfo()
+        found = [detail for detail in self.status.details if detail.Unpack(retry)]
+        return (("grpc-retry-pushback-ms", str(retry.retry_delay.ToMilliseconds()) if found else "-1"),)
 
 
 def _ref(task_id: str) -> adapter_pb2.AdapterRef | None:
@@ -412,13 +423,14 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         )
 
 
-class _SeesTokens(grpc.ServerInterceptor):
+class _SeesMetadata(grpc.ServerInterceptor):
     def __init__(self, fake: FakeServer) -> None:
         self._fake = fake
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         metadata = dict(handler_call_details.invocation_metadata)
         self._fake.authorizations.append(metadata.get("authorization"))
+        self._fake.named_tasks.append(metadata.get("x-manyhats-task"))
         return continuation(handler_call_details)
 
 
@@ -427,7 +439,7 @@ def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterato
     """Serves a ``FakeServer`` on a free port of this machine, in the clear or by TLS."""
     fake = FakeServer()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        server = grpc.server(pool, interceptors=[_SeesTokens(fake)])
+        server = grpc.server(pool, interceptors=[_SeesMetadata(fake)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
         encoding_pb2_grpc.add_EncodingServiceServicer_to_server(_Encoding(fake), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
