@@ -12,10 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from manyhats.client import adapter_convert, convert, encoding_convert
+from manyhats.client.aio_many import AsyncManyCalls
 from manyhats.client.aio_stream import AsyncGenerationStream
 from manyhats.client.channel import DEFAULT_TARGET, open_aio_channel
 from manyhats.client.credentials import Credentials
 from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
+from manyhats.client.progress import shown
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
 from manyhats.client.requests import (
     ChatOptions,
@@ -53,7 +55,7 @@ from manyhats.v1 import (
 Response = TypeVar("Response")
 
 
-class AsyncClient:
+class AsyncClient(AsyncManyCalls):
     """Talks to a manyhats server from asyncio; close it, or use it as an async context manager.
 
     Create it inside a running event loop, and use it only in that loop.
@@ -259,7 +261,7 @@ class AsyncClient:
         task_id: str,
         directory: str | os.PathLike[str],
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
@@ -270,21 +272,22 @@ class AsyncClient:
         Args:
             task_id: the task, without a version.
             directory: on this machine; its ``adapter_config.json``, safetensors and text files are sent, nothing else.
-            progress: called with the bytes sent and their total, on another thread.
+            progress: called with the bytes sent and their total, on another thread; True shows a bar.
             timeout_s: as above.
             options: see ``RegisterOptions``.
         """
         files = await asyncio.to_thread(read_files, directory)
         header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
-        messages = UploadMessages(header, files, progress)
-        call = self._adapters.UploadAdapter(timeout=self._timeout(timeout_s))
-        try:
-            await _send(call, messages)
-            return adapter_convert.registration(await call)
-        except grpc.aio.AioRpcError as error:
-            raise messages.failure or error_from_call(error, self._target) from error
-        finally:
-            call.cancel()  # does nothing if it has ended
+        with shown(progress, "upload", in_bytes=True) as report:
+            messages = UploadMessages(header, files, report)
+            call = self._adapters.UploadAdapter(timeout=self._timeout(timeout_s))
+            try:
+                await _send(call, messages)
+                return adapter_convert.registration(await call)
+            except grpc.aio.AioRpcError as error:
+                raise messages.failure or error_from_call(error, self._target) from error
+            finally:
+                call.cancel()  # does nothing if it has ended
 
     async def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
         """Describe a task's active version, or the version that ``task@3`` names."""
