@@ -21,7 +21,7 @@ from manyhats.server.observability.task_labels import TaskLabels
 from manyhats.server.service.store_health import StoreHealth, StoreUse
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
-from support.fakes.server import Running, eventually, make_record, refused, running_server
+from support.fakes.server import Running, eventually, make_backend, make_record, refused, running_server
 
 Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -157,6 +157,16 @@ async def test_what_runs_is_told_by_build_info() -> None:
     version = labels.pop("version")
     assert version.startswith("0.")
     assert labels == {"base": "echo", "quantization": "nf4", "device": "cpu"}
+
+
+async def test_whether_requests_are_served_shows() -> None:
+    async with running_server(is_open=False) as server:
+        loading = await scrape(server)
+        server.gate.open(make_backend(server.engine, server.store))
+        ready = await scrape(server)
+        server.gate.drain()
+        draining = await scrape(server)
+    assert [value(each, "manyhats_ready") for each in (loading, ready, draining)] == [0, 1, 0]
 
 
 async def test_looks_at_the_store_are_counted_and_dated() -> None:

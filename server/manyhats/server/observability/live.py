@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _VERSION = version("manyhats")
 
 _LIVE = (
+    "manyhats_ready",
     "manyhats_adapters",
     "manyhats_build_info",
     "manyhats_requests_running",
@@ -46,6 +47,7 @@ class LiveMetrics:
 
     def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
         self.backend: Backend | None = None
+        self.is_ready: Callable[[], bool] = lambda: False
         self._versions = versions
         self._labels = labels
         self._clock = clock
@@ -58,6 +60,9 @@ class LiveMetrics:
     def collect(self) -> Iterator[Metric]:
         """All gauges; those of the engine once there is one."""
         backend, records = self.backend, self._versions.records()
+        yield single(
+            "manyhats_ready", "Whether a request would be served, as /readyz says.", float(self.is_ready())
+        )
         states = Tally(record.state for record in records)
         counts = [((state.name.lower(),), states[state]) for state in AdapterState]
         yield gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)

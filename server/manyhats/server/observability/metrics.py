@@ -139,6 +139,10 @@ class Metrics:
         self.registry.register(histogram)
         return histogram
 
+    def attach_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Let a gauge show whether a request would be served; asked in any thread."""
+        self._live.is_ready = is_ready
+
     def attach(self, backend: Backend) -> None:
         """Let gauges show this backend's engine from now on."""
         self._live.backend = backend
