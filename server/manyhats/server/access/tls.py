@@ -210,6 +210,11 @@ class ServerTls:
         """What a connection that starts now uses. Thread-safe."""
         return self._loaded.current
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the files have changed and cannot be used: then they count as what they were."""
+        return self._loaded.is_outdated
+
     async def follow_expiry(self, period_s: float = 60.0) -> None:
         """Warn about certificates that have expired or soon will; cancel to stop."""
         while True:

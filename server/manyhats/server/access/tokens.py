@@ -122,6 +122,11 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self._tokens = FollowedFiles([path], lambda: read_tokens(path))
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the file has changed and cannot be read: then tokens are those that it had."""
+        return self._tokens.is_outdated
+
     def caller(self, token: str) -> Caller | None:
         """The holder of ``token``; None if it is unknown."""
         return self._tokens.current.caller(token)
