@@ -41,18 +41,19 @@ class Replica:
     """
 
     async def __init__(self, config: ServeConfig, call_limit_s: float) -> None:  # type: ignore[misc]  # Serve waits
+        self._stack = AsyncExitStack()
         sleep_soon()  # before torch is imported
         prepare_process(config)
         self._config = config = _with_threads(config)
         self._serving = serving = Serving(config)
         self._tokens = None if config.token_file is None else TokenFile(config.token_file)
+        serving.metrics.attach_files(None, self._tokens)
         health = HealthFollower(serving.gate, SERVICES)
         answers = Answers(unread_limit_s=config.engine.unread_limit_s)
         self._calls = ProxiedCalls(serving.calls, answers, self._tokens, health, call_limit_s)
         self._note: Callable[[str], Awaitable[str]] = serve.multiplexed(
             max_num_models_per_replica=config.engine.max_loaded_adapters
         )(_only_its_name)
-        self._stack = AsyncExitStack()
         self._stack.callback(serving.close)
         if config.metrics_port is not None:
             metrics = make_metrics_app(serving.gate, serving.metrics.registry)
