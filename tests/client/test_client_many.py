@@ -88,7 +88,7 @@ def test_no_prompts_no_requests(fake: FakeServer, ask: Any) -> None:
 @pytest.mark.parametrize("reason", ["QUEUE_FULL", "OUT_OF_MEMORY"])
 def test_a_refused_prompt_comes_again_when_the_server_says(fake: FakeServer, ask: Any, reason: str) -> None:
     fake.status = make_status(CODE.RESOURCE_EXHAUSTED, "full", reason=reason, retry_after_s=0.3)
-    fake.fails_first = 2
+    fake.num_failures = 2
     began_s = time.monotonic()
     assert len(ask(fake.target, ["a"])) == 1
     assert time.monotonic() - began_s >= 0.6
@@ -150,7 +150,7 @@ def test_a_server_that_stays_away_is_given_up(ask: Any, monkeypatch: pytest.Monk
 
 def test_a_full_queue_is_no_outage(fake: FakeServer, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "UNAVAILABLE_LIMIT_S", 0.05)
-    fake.status, fake.fails_first = queue_full(0.1), 4
+    fake.status, fake.num_failures = queue_full(0.1), 4
     assert len(ask(fake.target, ["a"])) == 1
 
 

@@ -269,7 +269,7 @@ class RegisterOptions(TypedDict, total=False):
         activate: whether the new version becomes the one that the bare task id refers to; true by default.
         validate_only: checks everything and stores nothing.
         expected_digest: the ``sha256:…`` that the files must have; empty for any.
-        request_id: makes repeating safe; the same id with another body is refused.
+        request_id: makes repeating safe; the same id with another body is refused. Made anew if it is left out.
         labels: kept with the version; ``default.temperature`` and its like decide what holds for fields that a
             generation leaves out.
         assume_base: assumes that the adapter is meant for the server's base, whatever base it names.

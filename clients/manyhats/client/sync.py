@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from manyhats.client import adapter_convert, convert, encoding_convert
 from manyhats.client.aio import AsyncClient
-from manyhats.client.channel import DEFAULT_TARGET, open_channel
+from manyhats.client.channel import DEFAULT_TARGET, carrying, open_channel, task_metadata
 from manyhats.client.credentials import Credentials
 from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
 from manyhats.client.errors import ManyhatsError
@@ -72,7 +73,9 @@ class Client(ManyCalls):
         target: ``host:port`` of the server, or any target gRPC understands.
         timeout_s: the default for calls.
         credentials: for a server that requires TLS or a token; none by default.
-        channel: an open channel to use instead of ``target``; the caller still closes it.
+        retries: whether calls that were refused for now, or found no server, are tried again, up to three times and
+            within their ``timeout_s``, when the server says or after 0.2 s, 0.4 s and 0.8 s.
+        channel: an open channel to use instead of ``target``, with retries of its own; the caller still closes it.
 
     Raises:
         CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
@@ -84,6 +87,7 @@ class Client(ManyCalls):
         *,
         timeout_s: float | None = None,
         credentials: Credentials | None = None,
+        retries: bool = True,
         channel: grpc.Channel | None = None,
     ) -> None:
         self._target = target
@@ -91,7 +95,9 @@ class Client(ManyCalls):
         self._credentials = credentials
         self._own_channel: grpc.Channel | None = None
         if channel is None:
-            channel = self._own_channel = open_channel(target, credentials)
+            channel = self._own_channel = open_channel(target, credentials, retries=retries)
+        else:
+            channel = carrying(channel)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._encoding = encoding_pb2_grpc.EncodingServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
@@ -280,8 +286,9 @@ class Client(ManyCalls):
         header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
         with shown(progress, "upload", in_bytes=True) as report:
             messages = UploadMessages(header, files, report)
+            upload = partial(self._adapters.UploadAdapter, metadata=task_metadata(header))
             try:
-                response = self._call(self._adapters.UploadAdapter, iter(messages), timeout_s)
+                response = self._call(upload, iter(messages), timeout_s)
             except ManyhatsError:
                 if messages.failure is not None:
                     raise messages.failure from None
@@ -385,7 +392,7 @@ class Client(ManyCalls):
 
         async def work() -> Response:
             async with AsyncClient(
-                self._target, timeout_s=self._timeout_s, credentials=self._credentials
+                self._target, timeout_s=self._timeout_s, credentials=self._credentials, retries=False
             ) as client:
                 return await ask(client)
 

@@ -93,21 +93,22 @@ def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
 class FakeServer:
     """What the servicers answer, and what they saw.
 
-    ``status`` fails every call; ``is_endless`` never ends a stream.
+    ``status`` fails every call, or the first ``num_failures``; ``is_endless`` never ends a stream.
     """
 
     def __init__(self) -> None:
         self.target = ""
         self.requests: list[Message] = []
         self.authorizations: list[str | bytes | None] = []
+        self.named_tasks: list[str | bytes | None] = []  # by metadata
         self.status: Any = None
+        self.num_failures: int | None = None  # then calls succeed
         self.fail_stream_after: int | None = None
         self.is_endless = False
         self.is_old = False  # tells no limits
         self.has_versions = False  # of whatever is registered
         self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
-        self.fails_first = 0  # so many calls fail with the status, later ones not
         self.echoes = False  # answers are prompts, and tell how many calls run
         self.num_running = 0
         self.most_running = 0
@@ -131,8 +132,8 @@ class FakeServer:
         """Records the request, and fails it where the test says so."""
         self.requests.append(request)
         time.sleep(self.delay_s)
-        is_over = self.fails_first and len(self.requests) > self.fails_first
-        if self.status is not None and self.fail_stream_after is None and not is_over:
+        is_well = self.num_failures is not None and len(self.requests) > self.num_failures
+        if self.status is not None and self.fail_stream_after is None and not is_well:
             self.fail(context)
 
     @contextmanager
@@ -154,7 +155,15 @@ class FakeServer:
                 next(code for code in grpc.StatusCode if code.value[0] == self.status.code),
                 self.status.message,
             )
-        context.abort_with_status(rpc_status.to_status(self.status))
+        status = rpc_status.to_status(self.status)
+        context.set_trailing_metadata((*status.trailing_metadata, *self.pushback()))
+        context.abort(status.code, status.details)
+
+    def pushback(self) -> tuple[tuple[str, str], ...]:
+        """Of what waiting does not help, or beside ``RetryInfo``, as the server has it."""
+        retry = error_details_pb2.RetryInfo()
+        found = [detail for detail in self.status.details if detail.Unpack(retry)]
+        return (("grpc-retry-pushback-ms", str(retry.retry_delay.ToMilliseconds()) if found else "-1"),)
 
 
 def _ref(task_id: str) -> adapter_pb2.AdapterRef | None:
@@ -436,13 +445,14 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         )
 
 
-class _SeesTokens(grpc.ServerInterceptor):
+class _SeesMetadata(grpc.ServerInterceptor):
     def __init__(self, fake: FakeServer) -> None:
         self._fake = fake
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         metadata = dict(handler_call_details.invocation_metadata)
         self._fake.authorizations.append(metadata.get("authorization"))
+        self._fake.named_tasks.append(metadata.get("x-manyhats-task"))
         return continuation(handler_call_details)
 
 
@@ -451,7 +461,7 @@ def running_server(credentials: grpc.ServerCredentials | None = None, port: int 
     """Serves a ``FakeServer`` on a port of this machine, by default a free one, in the clear or by TLS."""
     fake = FakeServer()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        server = grpc.server(pool, interceptors=[_SeesTokens(fake)])
+        server = grpc.server(pool, interceptors=[_SeesMetadata(fake)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
         encoding_pb2_grpc.add_EncodingServiceServicer_to_server(_Encoding(fake), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
