@@ -65,6 +65,7 @@ after(() => server.close());
 afterEach(() => {
   seen = [];
   refusals = [];
+  hangUps = 0;
 });
 
 async function withClient<T>(use: (client: ManyhatsClient) => Promise<T>, token?: string): Promise<T> {
@@ -77,7 +78,7 @@ async function withClient<T>(use: (client: ManyhatsClient) => Promise<T>, token?
 }
 
 function full(seconds: number): ConnectError {
-  const delay = { seconds: 0n, nanos: seconds * 1e9 };
+  const delay = { seconds: BigInt(Math.trunc(seconds)), nanos: (seconds % 1) * 1e9 };
   return new ConnectError("full", Code.ResourceExhausted, undefined, [
     { desc: ErrorInfoSchema, value: { reason: "QUEUE_FULL", metadata: { limit: "8" } } },
     { desc: RetryInfoSchema, value: { retryDelay: delay } },
@@ -174,9 +175,9 @@ test("what may have been done is repeated only with a request id", async () => {
 });
 
 test("the deadline ends the repeats", async () => {
-  refusals = [full(0.9)];
+  refusals = [full(60)];
   await assert.rejects(
-    withClient((client) => client.score("a", ["b"], { timeoutMs: 200 })),
+    withClient((client) => client.score("a", ["b"], { timeoutMs: 1500 })),
     { code: Code.DeadlineExceeded },
   );
   assert.equal(seen.length, 1);
