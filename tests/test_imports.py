@@ -40,7 +40,7 @@ FORBIDDEN = {
     "settings": {"torch", "numpy", "grpc", "typer", "rich"},
     "adapters": {"grpc", "prometheus_client"},
     "engine": {"grpc", "prometheus_client", "google"},
-    "client": {"torch", "numpy", "transformers", "typer", "rich"},
+    "client": {"torch", "numpy", "transformers", "typer"},
     "load": {"torch", "numpy", "grpc", "typer", "rich"},
 }
 

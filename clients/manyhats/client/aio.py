@@ -12,10 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from manyhats.client import adapter_convert, convert, encoding_convert
+from manyhats.client.aio_many import AsyncManyCalls
 from manyhats.client.aio_stream import AsyncGenerationStream
 from manyhats.client.channel import DEFAULT_TARGET, carrying, open_aio_channel, task_metadata
 from manyhats.client.credentials import Credentials
 from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
+from manyhats.client.progress import shown
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
 from manyhats.client.requests import (
     ChatOptions,
@@ -53,7 +55,7 @@ from manyhats.v1 import (
 Response = TypeVar("Response")
 
 
-class AsyncClient:
+class AsyncClient(AsyncManyCalls):
     """Talks to a manyhats server from asyncio; close it, or use it as an async context manager.
 
     Create it inside a running event loop, and use it only in that loop.
@@ -264,7 +266,7 @@ class AsyncClient:
         task_id: str,
         directory: str | os.PathLike[str],
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
@@ -275,22 +277,24 @@ class AsyncClient:
         Args:
             task_id: the task, without a version.
             directory: on this machine; its ``adapter_config.json``, safetensors and text files are sent, nothing else.
-            progress: called with the bytes sent and their total, on another thread.
+            progress: called with the bytes sent and their total, on another thread; True shows a bar.
             timeout_s: as above.
             options: see ``RegisterOptions``.
         """
         files = await asyncio.to_thread(read_files, directory)
         header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
-        messages = UploadMessages(header, files, progress)
-        timeout_s = self._timeout(timeout_s)
-        call = self._adapters.UploadAdapter(timeout=timeout_s, metadata=task_metadata(header))
-        try:
-            await _send(call, messages)
-            return adapter_convert.registration(await call)
-        except grpc.aio.AioRpcError as error:
-            raise messages.failure or error_from_call(error, self._target) from error
-        finally:
-            call.cancel()  # does nothing if it has ended
+        with shown(progress, "upload", in_bytes=True) as report:
+            messages = UploadMessages(header, files, report)
+            call = self._adapters.UploadAdapter(
+                timeout=self._timeout(timeout_s), metadata=task_metadata(header)
+            )
+            try:
+                await _send(call, messages)
+                return adapter_convert.registration(await call)
+            except grpc.aio.AioRpcError as error:
+                raise messages.failure or error_from_call(error, self._target) from error
+            finally:
+                call.cancel()  # does nothing if it has ended
 
     async def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
         """Describe a task's active version, or the version that ``task@3`` names."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -108,6 +109,10 @@ class FakeServer:
         self.has_versions = False  # of whatever is registered
         self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
+        self.echoes = False  # answers are prompts, and tell how many calls run
+        self.num_running = 0
+        self.most_running = 0
+        self._counting = threading.Lock()
         self.stream_began = threading.Event()
         self.stream_ended = threading.Event()
         self.uploaded: dict[str, bytearray] = {}
@@ -130,6 +135,19 @@ class FakeServer:
         is_well = self.num_failures is not None and len(self.requests) > self.num_failures
         if self.status is not None and self.fail_stream_after is None and not is_well:
             self.fail(context)
+
+    @contextmanager
+    def running(self) -> Iterator[int]:
+        """Counts a call; gives how many there are."""
+        with self._counting:
+            self.num_running += 1
+            self.most_running = max(self.most_running, self.num_running)
+            num_running = self.num_running
+        try:
+            yield num_running
+        finally:
+            with self._counting:
+                self.num_running -= 1
 
     def fail(self, context: grpc.ServicerContext) -> None:
         if not self.status.details:
@@ -178,7 +196,11 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         self._fake = fake
 
     def Generate(self, request: Any, context: Any) -> Any:
-        self._fake.see(request, context)
+        with self._fake.running() as num_running:
+            self._fake.see(request, context)
+            return self._answer(request, num_running)
+
+    def _answer(self, request: Any, num_running: int) -> Any:
         wants = request.response.logprobs
         prompt_tokens = [generation_pb2.TokenInfo(id=1, text="<s>"), _token(0, True)]
         more = [
@@ -192,7 +214,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         ]
         return generation_pb2.GenerateResponse(
             request_id=request.request_id or "made-by-server",
-            text=TEXT,
+            text=f"{request.text} {num_running}" if self._fake.echoes else TEXT,
             tokens=[_token(i, wants) for i in range(len(PIECES))],
             prompt_tokens=prompt_tokens if request.response.prompt_logprobs else [],
             finish_reason=generation_pb2.FINISH_REASON_EOS,
@@ -435,8 +457,8 @@ class _SeesMetadata(grpc.ServerInterceptor):
 
 
 @contextmanager
-def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterator[FakeServer]:
-    """Serves a ``FakeServer`` on a free port of this machine, in the clear or by TLS."""
+def running_server(credentials: grpc.ServerCredentials | None = None, port: int = 0) -> Iterator[FakeServer]:
+    """Serves a ``FakeServer`` on a port of this machine, by default a free one, in the clear or by TLS."""
     fake = FakeServer()
     with ThreadPoolExecutor(max_workers=8) as pool:
         server = grpc.server(pool, interceptors=[_SeesMetadata(fake)])
@@ -447,12 +469,18 @@ def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterato
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         fake.set_serving(True)
         if credentials is None:
-            port = server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port(f"127.0.0.1:{port}")
         else:
-            port = server.add_secure_port("127.0.0.1:0", credentials)
+            port = server.add_secure_port(f"127.0.0.1:{port}", credentials)
         fake.target = f"127.0.0.1:{port}"
         server.start()
         try:
             yield fake
         finally:
             server.stop(grace=None).wait()
+
+
+if __name__ == "__main__":  # a process of its own, to be killed; it listens on the port given, and echoes
+    with running_server(port=int(sys.argv[1])) as alone:
+        alone.echoes = True
+        threading.Event().wait()
