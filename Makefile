@@ -80,6 +80,8 @@ test-slow: setup
 
 # One test at a time: each starts servers that keep the processors busy.
 test-deploy: setup
+	scripts/need_postgresql.sh
+	scripts/need_proxies.sh
 	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
 
 # Plain torch computes one row at a time. A file goes to one process, which computes its golden answers once.
