@@ -33,6 +33,7 @@ from manyhats.settings.sizes import parse_size
 
 COMMANDS = [
     ["serve"],
+    ["doctor"],
     ["generate"],
     ["chat"],
     ["score"],

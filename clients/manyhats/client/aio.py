@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -89,6 +90,8 @@ class AsyncClient(AsyncManyCalls):
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
+        self._credentials = credentials
+        self._retries = retries
         self._own_channel: grpc.aio.Channel | None = None
         if channel is None:
             channel = self._own_channel = open_aio_channel(target, credentials, retries=retries)
@@ -387,6 +390,14 @@ class AsyncClient(AsyncManyCalls):
             return await method(request, timeout=self._timeout(timeout_s))
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self._target) from error
+
+    def _without_retries(self) -> AbstractAsyncContextManager[AsyncClient]:
+        """A client of the same server whose calls are tried once; this one, where that is so or the caller's affair."""
+        if self._own_channel is None or not self._retries:
+            return nullcontext(self)
+        return AsyncClient(
+            self._target, timeout_s=self._timeout_s, credentials=self._credentials, retries=False
+        )
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s

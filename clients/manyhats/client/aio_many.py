@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, Unpack, overload
 
 from manyhats.client import frames
@@ -37,6 +38,8 @@ class AsksOne(Protocol):
         """Make vectors of texts."""
 
     def _timeout(self, timeout_s: float | None) -> float | None: ...
+
+    def _without_retries(self) -> AbstractAsyncContextManager[Any]: ...
 
 
 class AsyncManyCalls:
@@ -85,7 +88,7 @@ class AsyncManyCalls:
             task_id, on_error: as above.
             options: see ``ManyOptions`` and ``GenerateOptions``, which hold for all prompts.
         """
-        return await _ask_each(self, self.generate, prompts, task_id, on_error, dict(options), what="prompts")
+        return await _ask_each(self, "generate", prompts, task_id, on_error, dict(options), what="prompts")
 
     async def generate_frame(
         self: AsksOne,
@@ -111,7 +114,7 @@ class AsyncManyCalls:
             which replace any of these names; with ``on_error`` "return" also ``error``.
         """
         prompts = frames.column_of(frame, prompt, "prompt")
-        answers = await _ask_each(self, self.generate, prompts, task_id, on_error, dict(options))
+        answers = await _ask_each(self, "generate", prompts, task_id, on_error, dict(options))
         return frames.with_answers(frame, into, answers, on_error)
 
     async def score_frame(
@@ -139,7 +142,7 @@ class AsyncManyCalls:
         """
         texts = frames.labels_of(labels)
         prompts = frames.column_of(frame, prompt, "prompt")
-        scores = await _ask_each(self, self.score, prompts, task_id, on_error, dict(options), texts)
+        scores = await _ask_each(self, "score", prompts, task_id, on_error, dict(options), texts)
         return frames.with_scores(frame, texts, scores, on_error)
 
     async def classify_frame(
@@ -157,7 +160,7 @@ class AsyncManyCalls:
             A copy with the columns ``label`` (the best class), ``score`` (its), and one for each class, with its score.
         """
         texts = [[each] for each in frames.column_of(frame, text, "text")]
-        found = await _ask_each(self, self.classify, texts, task_id, on_error, dict(options))
+        found = await _ask_each(self, "classify", texts, task_id, on_error, dict(options))
         return frames.with_classes(frame, found, on_error)
 
     async def embed_frame(
@@ -176,13 +179,13 @@ class AsyncManyCalls:
             A copy with the column ``into``, whose values are lists of numbers.
         """
         texts = [[each] for each in frames.column_of(frame, text, "text")]
-        found = await _ask_each(self, self.embed, texts, task_id, on_error, dict(options))
+        found = await _ask_each(self, "embed", texts, task_id, on_error, dict(options))
         return frames.with_vectors(frame, into, found, on_error)
 
 
 async def _ask_each(
     client: AsksOne,
-    method: Any,
+    method: str,
     prompts: Iterable[Any],
     task_id: str | Iterable[str],
     on_error: OnError,
@@ -195,8 +198,12 @@ async def _ask_each(
     plan = Plan.taken_from(options, what, on_error)
     given = list(prompts)
 
-    async def ask(row: tuple[Any, str], timeout_s: float | None) -> Any:
-        return await method(row[0], *more, task_id=row[1], timeout_s=timeout_s, **options)
-
     rows = list(zip(given, task_of_each(task_id, len(given)), strict=True))
-    return await answer_all(rows, ask, plan)
+    # What is to be sent again is decided for all rows together.
+    async with client._without_retries() as once:
+        call = getattr(once, method)
+
+        async def ask(row: tuple[Any, str], timeout_s: float | None) -> Any:
+            return await call(row[0], *more, task_id=row[1], timeout_s=timeout_s, **options)
+
+        return await answer_all(rows, ask, plan)

@@ -137,6 +137,8 @@ class _Run(Generic[T, R]):
             try:
                 answer = await self._ask(item, patience.remaining_s)
             except ManyhatsError as error:
+                if isinstance(error, DeadlineError) and patience.refused is not None:
+                    raise patience.over() from patience.refused
                 if not self._outage.may_retry(error):
                     raise
                 await asyncio.sleep(patience.delay_after(error))
@@ -172,9 +174,14 @@ class _Outage:
 
 
 class _Patience:
-    """The time and the attempts of one item."""
+    """The time and the attempts of one item.
+
+    Attributes:
+        refused: why the last attempt was refused; None if none was.
+    """
 
     def __init__(self, timeout_s: float | None) -> None:
+        self.refused: ManyhatsError | None = None
         self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._delay_s = _FIRST_DELAY_S
@@ -185,15 +192,20 @@ class _Patience:
         return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def delay_after(self, error: ManyhatsError) -> float:
-        """How long to wait after an attempt that ended so.
+        """How long to wait after an attempt that was refused.
 
         Raises:
             DeadlineError: longer than there is time.
         """
+        self.refused = error
         delay_s = max(error.retry_after_s or 0.0, self._delay_s) * (1 + random.uniform(0, _SPREAD))
         self._delay_s = min(2 * self._delay_s, _LAST_DELAY_S)
         left_s = self.remaining_s
         if left_s is not None and delay_s >= left_s:
-            message = f"no answer within {self._timeout_s:g} s, and the last attempt was refused: {error}"
-            raise DeadlineError(message, code="DEADLINE_EXCEEDED") from error
+            raise self.over() from error
         return delay_s
+
+    def over(self) -> DeadlineError:
+        """The error of an item that was refused until its time was over."""
+        message = f"no answer within {self._timeout_s:g} s, and the last attempt was refused: {self.refused}"
+        return DeadlineError(message, code="DEADLINE_EXCEEDED")

@@ -392,7 +392,7 @@ class Client(ManyCalls):
 
         async def work() -> Response:
             async with AsyncClient(
-                self._target, timeout_s=self._timeout_s, credentials=self._credentials
+                self._target, timeout_s=self._timeout_s, credentials=self._credentials, retries=False
             ) as client:
                 return await ask(client)
 

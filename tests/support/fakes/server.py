@@ -659,12 +659,12 @@ async def running_server(
         body_limit_s=body_limit_s,
     )
     app = make_app(around, is_local=tokens is None and tls is None, has_page=True)
-    if tls is not None:
-        metrics.attach_tls(tls)
+    metrics.attach_files(tls, tokens)
     connections = ConnectionLimits(
         head_limit_s=head_limit_s, unread_limit_s=limits.get("unread_limit_s", 60.0)
     )
     http = HttpPort(app, host="127.0.0.1", port=0, tls=tls, limits=connections)
+    metrics.attach_http(http)
     await http.start()
     port = GrpcPort(calls, host="127.0.0.1", port=0, tls=tls, tokens=tokens, limits=GrpcLimits(**limits))
     await port.start()
