@@ -10,10 +10,15 @@ PATH=$PATH:/usr/sbin
 is_there && exit 0
 if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     echo "installing nginx and HAProxy for the tests"
+    # The programs alone: no server of Debian's is started.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+    fi
     apt-get update -qq
-    # The programs alone: Debian's services are not started.
-    mkdir -p /usr/sbin
-    DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes --no-install-recommends nginx haproxy
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends nginx haproxy
 fi
 is_there && exit 0
 echo "The tests need nginx and HAProxy (Debian: apt-get install nginx haproxy). Without them:" >&2
