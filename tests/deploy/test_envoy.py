@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.postgres]
 TASKS = [f"task{index:03}" for index in range(200)]
 BASE = "tiny-base"
 NUM_CALLERS = 8
+LARGE_RANK = 1500
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, postgres_server: PostgresS
     base = describe_model(str(model))
     for seed, task in enumerate([*TASKS, "other", "new"]):
         make_lora(root / "adapters" / task, base, rank=4, seed=seed)
+    make_lora(root / "adapters/large", base, rank=LARGE_RANK)
     settings = {
         "model": model,
         "quantization": "none",
@@ -73,6 +75,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, postgres_server: PostgresS
         "num_threads": 1,
         "kv_cache_bytes": 32 << 20,
         "max_task_labels": 1000,
+        "max_adapter_rank": LARGE_RANK,
         "drain_limit_s": 20,
     }
     replicas = (Replica(root / "one", settings), Replica(root / "two", settings))
@@ -156,6 +159,19 @@ async def test_the_largest_bodies_pass_and_the_bad_ones_are_refused_by_the_serve
             "/v1/completions", content=b'{"model": ', headers={"content-type": "application/json"}
         )
         assert broken.json()["error"]["code"] == "invalid_value"
+
+
+async def test_an_upload_passes_whatever_its_size(cluster: Cluster) -> None:
+    directory = cluster.adapters / "large"
+    files = [("file", (path.name, path.read_bytes())) for path in sorted(directory.iterdir())]
+    assert sum(len(content) for _, (_, content) in files) > 2 * 5_242_880  # what Envoy holds of a call
+    async with cluster.envoy.running(base=BASE), callers(cluster.envoy.target) as made:
+        answer = await made.http.put("/v1/tasks/large/upload", files=files)
+        assert answer.json()["created"], answer.text
+        uploaded = await made.client.upload_adapter("large", directory)
+        assert (uploaded.adapter.name, uploaded.created) == ("large@1", False)
+        assert (await made.grpc("large")).error == ""
+        await made.client.delete_adapter("large", force=True)
 
 
 async def test_a_registration_at_one_is_served_by_both_within_a_second(cluster: Cluster) -> None:

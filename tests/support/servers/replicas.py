@@ -122,10 +122,16 @@ class Envoy:
         self._adapt(config, lb_policy)
         if secure:
             _secure(config)
+        async with self.running_by(config):
+            await asyncio.to_thread(self._wait_for_replicas, num_ready)
+            yield
+
+    @asynccontextmanager
+    async def running_by(self, config: Any) -> AsyncIterator[None]:
+        """Within the block it runs by a configuration that has its ports."""
         with self._process(config) as process:
             url, log = f"http://127.0.0.1:{self.admin_port}/ready", self.directory / "log"
             await asyncio.to_thread(wait_for, url, process, log)
-            await asyncio.to_thread(self._wait_for_replicas, num_ready)
             yield
 
     @contextmanager
