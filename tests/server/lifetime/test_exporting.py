@@ -162,5 +162,5 @@ def test_an_address_without_the_extra_is_refused_by_name(monkeypatch: pytest.Mon
 
 def test_another_protocol_is_refused_by_name() -> None:
     environment = {ENDPOINT: "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL: .*by grpc"):
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_PROTOCOL: .*by grpc"):
         open_tracing(environment)
