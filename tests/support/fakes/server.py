@@ -696,6 +696,7 @@ class Refusal:
     info: ErrorInfo
     fields: tuple[str, ...]
     retry_s: float | None
+    pushback_ms: int | None  # what gRPC's clients wait for
 
     @property
     def reason(self) -> str:
@@ -707,7 +708,8 @@ def refusal_of(error: grpc.aio.AioRpcError) -> Refusal:
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"no rich status: {error.code()} {error.details()}"
     info, fields, retry_s = _unpacked(status)
-    return Refusal(error.code(), status.message, info, fields, retry_s)
+    pushback = [int(value) for key, value in error.trailing_metadata() if key == "grpc-retry-pushback-ms"]
+    return Refusal(error.code(), status.message, info, fields, retry_s, next(iter(pushback), None))
 
 
 def _unpacked(status: status_pb2.Status) -> tuple[ErrorInfo, tuple[str, ...], float | None]:
