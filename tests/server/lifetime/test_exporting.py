@@ -9,19 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.exporting import open_tracing
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
+from support.servers.collector import running_collector
 
 CHILD = """
 import asyncio, sys
@@ -38,28 +36,6 @@ sys.exit(code)
 """
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 SECRET = "the quick brown fox"
-
-
-class Collector:
-    """A collector of traces, as small as one can be."""
-
-    def __init__(self) -> None:
-        self.requests: list[Any] = []
-
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self.requests.append(request)
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
-@pytest.fixture
-def collector() -> Iterator[tuple[Collector, str]]:
-    """One that runs, and its address."""
-    found, server = Collector(), grpc.server(ThreadPoolExecutor(2))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(found, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield found, f"http://127.0.0.1:{port}"
-    server.stop(None).wait()
 
 
 @contextmanager
@@ -88,20 +64,22 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
     return output, log
 
 
-def test_spans_reach_a_collector_before_the_process_ends(collector: tuple[Collector, str]) -> None:
-    received, address = collector
-    environment = {ENDPOINT: address, "OTEL_SERVICE_NAME": "hats", "OTEL_RESOURCE_ATTRIBUTES": "site=here"}
-    with child(**environment) as (process, generation):
+def test_spans_reach_a_collector_before_the_process_ends() -> None:
+    names = {"OTEL_SERVICE_NAME": "hats", "OTEL_RESOURCE_ATTRIBUTES": "site=here"}
+    with (
+        running_collector() as collector,
+        child(**{ENDPOINT: collector.address}, **names) as (process, generation),
+    ):
         request = pb.GenerateRequest(text=SECRET)
         request.sampling.seed = 2**64 - 1  # which would not fit in a message
         generation.Generate(request)
         output, log = end(process)
-    (exported,) = received.requests
+    (exported,) = collector.requests
     (resource,) = exported.resource_spans
-    names = {each.key: each.value.string_value for each in resource.resource.attributes}
+    told = {each.key: each.value.string_value for each in resource.resource.attributes}
     (span,) = resource.scope_spans[0].spans
     assert output == "imported\n"
-    assert (names["service.name"], names["site"]) == ("hats", "here")
+    assert (told["service.name"], told["site"]) == ("hats", "here")
     assert span.name == "text_completion echo"
     assert f'"trace_id": "{span.trace_id.hex()}"' in log
     assert SECRET not in str(exported)
