@@ -149,4 +149,4 @@ openapi: $(STAMP)
 	$(BIN)/python scripts/write_openapi.py
 
 clean:
-	rm -rf $(VENV) .conformance .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .conformance .deploy .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
