@@ -57,6 +57,7 @@ def test_the_grpc_reference_has_the_comments_and_the_forms_of_calls(grpc: str) -
     assert (
         "Generates one answer and streams it; the pieces concatenated equal the answer of Generate." in grpc
     )
+    assert "Errors: `INVALID_ARGUMENT` (`FIELD_INVALID`" in grpc
     assert "| `ids` | 1 | repeated uint32 | At least one; each below the vocabulary's size. |" in grpc
     assert "optional bool" in grpc
     assert "map of string to string" in grpc
@@ -143,5 +144,11 @@ def test_docstrings_have_their_code_trees_and_keys_as_blocks() -> None:
     block = [".. code-block:: text", "", "    Root", "    ├── A  a", "        └── B", "", "More."]
     assert readable(tree)[2:] == block
     keys = ["Keys, of one kind:", "    a: the first,", "        and more.", "    b: the other."]
-    fields = [".. rubric:: Keys, of one kind", "", ":a: the first,", "  and more.", ":b: the other."]
-    assert readable(keys)[1:] == fields
+    listed = [
+        ".. rubric:: Keys, of one kind",
+        "",
+        "* **a** – the first,",
+        "  and more.",
+        "* **b** – the other.",
+    ]
+    assert readable(keys)[1:] == listed

@@ -12,7 +12,7 @@ _KEY = re.compile(r"^    (\w+): (.*)$")
 
 def readable(lines: list[str]) -> list[str]:
     """Trees and code that is set off by its indentation as blocks, and keys of a dictionary as a list."""
-    return list(_keys_as_fields(_indented_as_code(list(_trees_as_blocks(lines)))))
+    return list(_keys_as_list(_indented_as_code(list(_trees_as_blocks(lines)))))
 
 
 def _trees_as_blocks(lines: list[str]) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _indented_as_code(lines: list[str]) -> list[str]:
     return made
 
 
-def _keys_as_fields(lines: list[str]) -> Iterator[str]:
+def _keys_as_list(lines: list[str]) -> Iterator[str]:
     """``Keys:`` and ``Keys, of some kind:``, as TypedDicts have them."""
     is_inside = False
     for line in lines:
@@ -50,7 +50,7 @@ def _keys_as_fields(lines: list[str]) -> Iterator[str]:
             is_inside = True
             yield from ("", f".. rubric:: {'Keys' if not heading[1] else f'Keys, {heading[1]}'}", "")
         elif is_inside and (key := _KEY.match(line)):
-            yield f":{key[1]}: {key[2]}"
+            yield f"* **{key[1]}** – {key[2]}"
         elif is_inside and line.startswith("        "):
             yield f"  {line.strip()}"
         else:

@@ -30,6 +30,7 @@ def markdown() -> str:
         comments = _comments(file)
         for index, service in enumerate(file.service):
             parts += _service(service, (6, index), comments)
+        parts.append(f"## Messages of {' and '.join(service.name for service in file.service)}\n")
         for index, message in enumerate(file.message_type):
             parts += _message(message, "", (4, index), comments)
         for index, enum in enumerate(file.enum_type):
@@ -52,8 +53,15 @@ def _comments(file: File) -> Comments:
     for location in file.source_code_info.location:
         kept = [line for line in location.leading_comments.splitlines() if "buf:lint" not in line]
         paragraphs = re.split(r"\n\s*\n", "\n".join(line.strip() for line in kept).strip())
-        found[tuple(location.path)] = "\n\n".join(plain(" ".join(each.split())) for each in paragraphs)
+        found[tuple(location.path)] = "\n\n".join(
+            plain(_with_code(" ".join(each.split()))) for each in paragraphs
+        )
     return found
+
+
+def _with_code(text: str) -> str:
+    """Text in which the names of statuses and reasons are code."""
+    return re.sub(r"(?<![`\w])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)(?![`\w])", r"`\1`", text)
 
 
 def _service(
