@@ -39,7 +39,7 @@ help:
 	@echo "make simulate  a million simulated requests for 10,000 tasks on the real scheduler; SIMULATED_REQUESTS=10000"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
-	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
+	@echo "make check    set up, lint, types, generated code, docs/openapi.json, docs/models.md and the dashboard"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table; BENCH_ARGS=--quick"
 	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
 	@echo "make profile  set up, show where a step's time goes, beside what this machine could do; PROFILE_ARGS=--quick"
@@ -89,6 +89,8 @@ test-slow: setup
 
 # One test at a time: each starts servers that keep the processors busy.
 test-deploy: setup $(DOCS_STAMP)
+	scripts/need_chromium.sh
+	scripts/need_prometheus.sh
 	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
 
 test-floors: setup
@@ -134,6 +136,7 @@ check: $(STAMP)
 	$(BIN)/python scripts/generate_proto.py --check
 	$(BIN)/python scripts/write_openapi.py --check
 	$(BIN)/python scripts/write_models.py --check
+	$(BIN)/python scripts/write_dashboard.py --check
 	$(BIN)/buf lint proto
 
 format: $(STAMP)

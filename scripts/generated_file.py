@@ -1,4 +1,4 @@
-"""A file of the docs that follows from the code: written anew, or checked."""
+"""A file of the repository that follows from the code: written anew, or checked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def write_or_check(file: Path, wanted: str, script: str, arguments: Sequence[str] | None = None) -> int:
     """Write what the code says; with ``--check`` write nothing, show how the file differs, and return 1 if it does.
 
     Args:
-        file: below ``docs``.
+        file: below the repository's root.
         wanted: its whole text.
         script: the one that is run.
         arguments: of the command line; None for the process's.
@@ -21,7 +23,8 @@ def write_or_check(file: Path, wanted: str, script: str, arguments: Sequence[str
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description=f"Writes docs/{file.name} from the code.")
+    name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+    parser = argparse.ArgumentParser(description=f"Writes {name} from the code.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
     if not parser.parse_args(arguments).check:
         file.write_text(wanted, encoding="utf-8")
@@ -31,5 +34,5 @@ def write_or_check(file: Path, wanted: str, script: str, arguments: Sequence[str
     lines = list(difflib.unified_diff(before, after, f"committed/{file.name}", f"declared/{file.name}"))
     sys.stdout.writelines(lines)
     if lines:
-        sys.stderr.write(f"docs/{file.name} differs from the code: run scripts/{script}\n")
+        sys.stderr.write(f"{name} differs from the code: run scripts/{script}\n")
     return 1 if lines else 0

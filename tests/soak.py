@@ -184,7 +184,7 @@ def _make_adapters(root: Path, model: str) -> int:
 
 async def _load(target: str, workload: Workload) -> list[Answer]:
     tasks = [_task(index) for index in range(NUM_TASKS)]
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, retries=False) as client:
         return await run_load(client, workload, [*tasks, ""], {task: [1] for task in tasks})
 
 

@@ -25,6 +25,7 @@ from write_settings import with_tables
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += sorted(path for path in (ROOT / "examples").glob("*.md"))
+DOCUMENTS += [ROOT / "clients" / "typescript" / "README.md"]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} | {".ci"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

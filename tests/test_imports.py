@@ -40,7 +40,7 @@ FORBIDDEN = {
     "settings": {"torch", "numpy", "grpc", "typer", "rich"},
     "adapters": {"grpc", "prometheus_client"},
     "engine": {"grpc", "prometheus_client", "google"},
-    "client": {"torch", "numpy", "transformers", "typer", "rich"},
+    "client": {"torch", "numpy", "transformers", "typer"},
     "load": {"torch", "numpy", "grpc", "typer", "rich"},
 }
 
@@ -54,9 +54,9 @@ FLOORS = {
         errors home output progress constraint request threads model text scheduling backends checkpoints config
         sampling speculation residency loop engine opening
     """,
-    "server": "observability access service grpc http lifetime",
+    "server": "observability access service grpc http lifetime doctor",
     "trainer": "errors files settings data methods model memory report run registration train",
-    "cli": "terminal options tasks adapters training info model token bench serve main __main__",
+    "cli": "terminal options tasks adapters training info model token bench serve doctor main __main__",
 }
 # What a room of the server must not know: what a call comes through is for the two transports alone.
 FORBIDDEN_IN_SERVER = {
@@ -76,7 +76,7 @@ KNOWN_TO_SERVED = {"served.py"}, {"config", "engine", "opening"}
 KNOWN_TO_MODELS = {"errors", "home", "output", "progress", "request", "model"}
 
 BACKENDS = ("cpu", "torch")
-SEAM = {"backend", "open", "plan", "wants"}
+SEAM = {"backend", "open", "plan", "report", "wants"}
 # What computes on a device, and the only places that import it.
 ONLY_IN = {
     "numba": ["server/manyhats/engine/backends/cpu"],

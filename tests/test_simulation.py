@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.simulation.__main__ import main
+from benchmarks.simulation.cluster import spread
 from benchmarks.simulation.measures import UnfairError
+from benchmarks.simulation.routing import at_random, by_adapters, by_hash
 from benchmarks.simulation.scenarios import overload, popular, quiet_first_ms
 
 from manyhats.engine.scheduling.policy import Queue
@@ -45,7 +47,17 @@ def test_a_queue_that_forgets_shares_is_found_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_greedy_task_hardly_delays_a_quiet_one() -> None:
-    assert quiet_first_ms(600.0, 20.0, rate=3.0) <= 2 * quiet_first_ms(12.0, 120.0, rate=3.0)
+    assert quiet_first_ms(600.0, 20.0, rate=3.0) <= 1.75 * quiet_first_ms(12.0, 120.0, rate=3.0)
+
+
+def test_requests_routed_by_task_need_few_loads() -> None:
+    random, hashed, held = (
+        spread(make_route, num_requests=3000, num_tasks=300, num_replicas=5, budget=80)
+        for make_route in (at_random, by_hash, by_adapters)
+    )
+    assert max(hashed.loads_per_s, held.loads_per_s) < 0.5 * random.loads_per_s
+    assert random.hit_ratio < hashed.hit_ratio < 1
+    assert hashed.busiest < 2
 
 
 def test_the_program_prints_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +65,9 @@ def test_the_program_prints_every_scenario(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     for words in ("tasks     1 to    10", "from slots", "of the bound", "50 times that"):
         assert words in printed
+
+
+def test_the_program_prints_how_routes_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--requests", "2000", "--tasks", "200", "--replicas", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines[1:]] == ["at random", "by hash", "by adapters held"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from benchmarks.simulation.cluster import spread
+from benchmarks.simulation.routing import at_random, by_adapters, by_hash
 from benchmarks.simulation.scenarios import (
     BANDS,
     Found,
@@ -30,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
     parser.add_argument("--requests", type=int, default=1_000_000, help="of the largest load (%(default)s)")
     parser.add_argument("--tasks", type=int, default=10_000, help="(%(default)s)")
+    parser.add_argument(
+        "--replicas", type=int, help="spread the requests over so many, in three ways, and show nothing else"
+    )
     options = parser.parse_args(arguments)
+    if options.replicas:
+        _spread(options.requests, options.tasks, options.replicas)
+        return 0
     _popular(options.requests, options.tasks)
     _budgets(max(1000, options.requests // 20), options.tasks)
     _overload(max(1000, options.requests // 4), options.tasks)
@@ -76,6 +84,23 @@ def _greedy(duration_s: float) -> None:
         f"a quiet task's p95 to the first token: {normal:.0f} ms beside one that uses its half of the machine, "
         f"{greedy:.0f} ms beside one that asks for 50 times that: {greedy / normal:.2f} times"
     )
+
+
+def _spread(num_requests: int, num_tasks: int, num_replicas: int) -> None:
+    print(
+        f"{num_requests:,} requests for {num_tasks:,} tasks on {num_replicas} replicas, of which half warm them up"
+    )
+    for how, make_route in (
+        ("at random", at_random),
+        ("by hash", by_hash),
+        ("by adapters held", by_adapters),
+    ):
+        found = spread(make_route, num_requests=num_requests, num_tasks=num_tasks, num_replicas=num_replicas)
+        first_ms = "  ".join(f"{each:5.0f}" for each in found.first_ms)
+        print(
+            f"  {how:<16} {found.loads_per_s:6.1f} loads a second, {100 * found.hit_ratio:.1f} % without one, first "
+            f"tokens p50 p95 p99 in ms {first_ms}; the busiest got {found.busiest:.2f} of the average"
+        )
 
 
 def _said(found: Found) -> str:

@@ -98,7 +98,7 @@ def run(
     events = Events()
     replica = Replica(
         events,
-        {name: _record(name, number) for number, name in enumerate(names)},
+        {name: record(name, number) for number, name in enumerate(names)},
         machine=machine,
         config=config,
         watch=answers if shares is None else _Watches(answers, shares),
@@ -112,9 +112,9 @@ def run(
         most_waiting = max(most_waiting, replica.scheduler.num_waiting)
 
     for workload, tasks in loads:
-        _feed(events, arrivals(workload, tasks), partial(ask, workload.deadline_s))
+        feed(events, arrivals(workload, tasks), partial(ask, workload.deadline_s))
     events.run()
-    _check_nothing_left(replica)
+    check_nothing_left(replica)
     if num_asked != answers.outcomes.total():
         raise LeftOverError(f"{num_asked} were asked, and {answers.outcomes.total()} have ended")
     stats = replica.residency.stats
@@ -131,7 +131,7 @@ def run(
     )
 
 
-def _feed(events: Events, planned: Iterator[Arrival], ask: Callable[[Arrival], None]) -> None:
+def feed(events: Events, planned: Iterator[Arrival], ask: Callable[[Arrival], None]) -> None:
     """Have requests come when they are due; only the next is known, since there may be a million."""
 
     def come(arrival: Arrival) -> None:
@@ -146,7 +146,8 @@ def _feed(events: Events, planned: Iterator[Arrival], ask: Callable[[Arrival], N
     plan()
 
 
-def _record(task: str, number: int) -> AdapterRecord:
+def record(task: str, number: int) -> AdapterRecord:
+    """A task's only version."""
     digest = f"sha256:{number:064x}"
     return AdapterRecord(
         task_id=task,
@@ -162,7 +163,8 @@ def _record(task: str, number: int) -> AdapterRecord:
     )
 
 
-def _check_nothing_left(replica: Replica) -> None:
+def check_nothing_left(replica: Replica) -> None:
+    """Raises LeftOverError: a replica with nothing to do holds something."""
     scheduler = replica.scheduler
     left: Mapping[str, int] = {
         "calls": replica.num_unfinished,
@@ -179,7 +181,7 @@ def popular(num_requests: int, num_tasks: int = 10_000, *, num_slots: int = 256,
     """Requests by Zipf's law at 0.87 of what the replica can answer; ``budget`` adapters fit in host memory."""
     rate = 40.0
     workload = replace(SHORT, rate=rate, duration_s=num_requests / rate)
-    return run([(workload, task_names(num_tasks))], config=_config(num_slots, budget))
+    return run([(workload, task_names(num_tasks))], config=config_of(num_slots, budget))
 
 
 def overload(num_requests: int, num_tasks: int = 10_000, window: int = 500) -> Found:
@@ -188,7 +190,7 @@ def overload(num_requests: int, num_tasks: int = 10_000, window: int = 500) -> F
     workload = replace(SHORT, rate=rate, duration_s=num_requests / rate)
     return run(
         [(workload, task_names(num_tasks))],
-        config=_config(256, num_tasks, max_waiting=20_000),
+        config=config_of(256, num_tasks, max_waiting=20_000),
         machine=replace(MACHINE, load_s=0.0),
         shares=Shares(LARGEST_COST, window),
     )
@@ -201,11 +203,12 @@ def quiet_first_ms(neighbour_rate: float, duration_s: float, rate: float = 1.0) 
     """
     load = Workload(rate=rate, duration_s=duration_s, seed=1)
     other = replace(load, rate=neighbour_rate, seed=2)
-    found = run([(load, ["quiet"]), (other, ["other"])], config=_config(64, 64), bands=(1, 2))
+    found = run([(load, ["quiet"]), (other, ["other"])], config=config_of(64, 64), bands=(1, 2))
     return found.answers.first_ms((95,))[0][1][0]
 
 
-def _config(num_slots: int, budget: int, max_waiting: int = 1024) -> EngineConfig:
+def config_of(num_slots: int, budget: int, max_waiting: int = 1024) -> EngineConfig:
+    """A server with memory for ``budget`` adapters."""
     return EngineConfig(
         max_loaded_adapters=num_slots,
         max_adapter_bytes=budget * MACHINE.adapter_bytes,

@@ -360,7 +360,7 @@ def test_info(fake: FakeServer) -> None:
             "none of sql is active",
             "adapters activate",
         ),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", "try again in 1.5 s"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", "try again in 0.01 s"),
         (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "top_p: must\nbe in (0, 1]", ""),
         (grpc.StatusCode.UNAVAILABLE, "", "gone", "is `manyhats serve` running there?"),
     ],
@@ -368,7 +368,7 @@ def test_info(fake: FakeServer) -> None:
 def test_an_error_is_one_line_on_stderr(
     fake: FakeServer, code: grpc.StatusCode, reason: str, message: str, hint: str
 ) -> None:
-    fake.status = make_status(code, message, reason=reason, retry_after_s=1.5)
+    fake.status = make_status(code, message, reason=reason, retry_after_s=0.01)
     for args in (["generate", "hi"], ["generate", "hi", "--stream"], ["generate", "hi", "--json"]):
         result = run(fake, *args)
         assert (result.exit_code, result.stdout) == (1, "")

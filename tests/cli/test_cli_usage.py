@@ -33,6 +33,7 @@ from manyhats.settings.sizes import parse_size
 
 COMMANDS = [
     ["serve"],
+    ["doctor"],
     ["generate"],
     ["chat"],
     ["score"],
@@ -113,7 +114,8 @@ def test_version() -> None:
     ("args", "message"),
     [
         (["nonsense"], "No such command 'nonsense'"),
-        (["generate"], "Missing argument 'PROMPT' (see `manyhats generate --help`)"),
+        (["score"], "Missing argument 'PROMPT' (see `manyhats score --help`)"),
+        (["generate"], "give either PROMPT or --file"),
         (["generate", "hi", "--top-k", "many"], "--top-k"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["adapters", "register", "sql", "/x", "--label", "team"], "--label must be KEY=VALUE"),

@@ -67,14 +67,14 @@ CASES = [
 async def test_status_becomes_its_exception(fake: FakeServer, case: Case) -> None:
     fake.status = make_status(case.code, "what went wrong", reason=case.reason, metadata={"limit": "8192"})
     raised: list[ManyhatsError] = []
-    with Client(fake.target) as client:
+    with Client(fake.target, retries=False) as client:
         with pytest.raises(ManyhatsError) as caught:
             client.generate("hi")
         raised.append(caught.value)
         with pytest.raises(ManyhatsError) as caught:
             client.generate_stream("hi").result()
         raised.append(caught.value)
-    async with AsyncClient(fake.target) as aclient:
+    async with AsyncClient(fake.target, retries=False) as aclient:
         with pytest.raises(ManyhatsError) as caught:
             await aclient.generate("hi")
         raised.append(caught.value)
@@ -135,7 +135,7 @@ def test_field_may_come_in_the_metadata_alone(fake: FakeServer) -> None:
 
 def test_full_queue_says_when_to_try_again(fake: FakeServer) -> None:
     fake.status = make_status(CODE.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after_s=1.5)
-    with Client(fake.target) as client, pytest.raises(public.QueueFullError) as caught:
+    with Client(fake.target, retries=False) as client, pytest.raises(public.QueueFullError) as caught:
         client.generate("x")
     assert caught.value.retry_after_s == 1.5
 

@@ -27,6 +27,7 @@ PUBLIC = [
     "ChatOptions",
     "ClassScore",
     "Classification",
+    "ClassifyFrameOptions",
     "ClassifyOptions",
     "ClassifyResult",
     "Client",
@@ -37,19 +38,23 @@ PUBLIC = [
     "DataLossError",
     "DeadlineError",
     "DigestMismatchError",
+    "EmbedFrameOptions",
     "EmbedOptions",
     "Embeddings",
     "Entity",
     "FinishReason",
+    "GenerateManyOptions",
     "GenerateOptions",
     "Generation",
     "GenerationChunk",
     "GenerationStream",
     "InvalidRequestError",
+    "ManyOptions",
     "ManyhatsError",
     "NoActiveVersionError",
     "NotOfferedError",
     "NumericalError",
+    "OnError",
     "PermissionDeniedError",
     "Progress",
     "Prompt",
@@ -64,6 +69,7 @@ PUBLIC = [
     "RerankResult",
     "ResourceExhaustedError",
     "Score",
+    "ScoreFrameOptions",
     "ScoreResult",
     "ServerError",
     "ServerInfo",
@@ -86,7 +92,7 @@ PUBLIC = [
 
 LOADED_BY_IMPORT = """
 import sys, manyhats.client
-heavy = {"torch", "transformers", "numpy", "numba", "pydantic", "typer", "rich"}
+heavy = {"torch", "transformers", "numpy", "numba", "pydantic", "typer", "rich", "pandas", "polars"}
 ours = {name.split(".")[1] for name in sys.modules if name.startswith("manyhats.")}
 print(sorted(heavy & sys.modules.keys()), sorted(ours))
 """

@@ -38,7 +38,7 @@ def asked(fake: FakeServer) -> list[GenerateRequest]:
 
 
 async def load(fake: FakeServer, workload: Workload, **versions: list[int]) -> list[str]:
-    async with AsyncClient(fake.target) as client:
+    async with AsyncClient(fake.target, retries=False) as client:
         return [answer.outcome for answer in await run_load(client, workload, ["sql", "tldr"], versions)]
 
 
@@ -95,6 +95,15 @@ def test_failures_are_counted_by_reason(fake: FakeServer) -> None:
     fake.status = make_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     outcomes = asyncio.run(load(fake, Workload(rate=20, duration_s=0.5)))
     assert set(outcomes) == {"QUEUE_FULL"}
+
+
+def test_every_refusal_is_counted_though_the_server_says_when_to_come_back(fake: FakeServer) -> None:
+    fake.status = make_status(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after_s=0.001
+    )
+    fake.fail_stream_after = 0
+    result = run(fake, "--task", "sql", "--rate", "20", "--duration", "0.5", "--json")
+    assert json.loads(result.stdout)["all"]["failures"] == {"QUEUE_FULL": len(asked(fake))}
 
 
 @pytest.mark.parametrize(

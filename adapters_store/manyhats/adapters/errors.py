@@ -23,6 +23,7 @@ AdapterError
 ├── DataLossError               DATA_LOSS: stored bytes are not those that were registered
 └── StoreError
     ├── StoreConfigError        STORE_CONFIG_INVALID: it cannot be opened as it is configured
+    │   └── StoreMissingError   there is none yet, and none was to be made
     ├── StoreFullError          STORE_FULL: no space left
     └── StoreUnavailableError   STORE_UNAVAILABLE: the store cannot be read or written
 """
@@ -191,6 +192,10 @@ class StoreConfigError(StoreError):
     """The store cannot be opened as it is configured; ``subject`` is the setting."""
 
     reason = "STORE_CONFIG_INVALID"
+
+
+class StoreMissingError(StoreConfigError):
+    """There is no store where one was to be opened and none was to be made."""
 
 
 class StoreFullError(StoreError):

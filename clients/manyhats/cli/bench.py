@@ -206,7 +206,9 @@ def _run(
     from manyhats.load.run import run_load
 
     async def run() -> list[Answer]:
-        async with AsyncClient(connection.server, credentials=connection.credentials()) as client:
+        credentials = connection.credentials()
+        # A refusal is what this is to count.
+        async with AsyncClient(connection.server, credentials=credentials, retries=False) as client:
             return await run_load(
                 client, workload, tasks, versions, lambda come, ended: show(f"{come} sent, {ended} ended")
             )

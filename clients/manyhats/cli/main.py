@@ -12,6 +12,7 @@ import typer
 
 from manyhats.cli import bench, info, model, serve, token
 from manyhats.cli.adapters import group as adapters
+from manyhats.cli.doctor import command as doctor
 from manyhats.cli.tasks import chat, classify, embed, generate, rerank, score, tag
 from manyhats.cli.terminal.failures import Commands, help_without_command
 from manyhats.cli.training import train
@@ -70,6 +71,7 @@ _TRAINER = "Make adapters"
 _CLIENT = "Talk to a server"
 
 app.command(help=serve.HELP, rich_help_panel=_SERVER)(serve.serve)
+app.command(help=doctor.HELP, rich_help_panel=_SERVER)(doctor.doctor)
 app.add_typer(model.app, name="model", rich_help_panel=_SERVER)
 app.add_typer(token.app, name="token", rich_help_panel=_SERVER)
 app.command(help=train.HELP, rich_help_panel=_TRAINER)(train.train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from manyhats.cli.terminal.output import human_bytes, human_count, print_fields,
 from manyhats.cli.terminal.progress import shown_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# Two codes per byte, a byte of scale per 64, four of the scales' own scale per 64 * 256.
-_NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 HELP = """Fetch and inspect base models.
 
@@ -117,26 +114,24 @@ def info(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = F
 
 def _describe(model: str, home: Path | None) -> ModelInfo:
     with needs_extra("server"):
-        from manyhats.engine.checkpoints import checkpoint
+        from manyhats.engine.checkpoints import checkpoint, size
         from manyhats.engine.model.families.reading import read_family
     directory = _directory(model, home)
     raw_config = checkpoint.read_json(directory / "config.json")
     family = read_family(raw_config)
     architecture = family.architecture
-    num_parameters = sum(math.prod(shape) for shape in checkpoint.expected_shapes(family).values())
-    num_quantized = architecture.num_linear_parameters()
     return ModelInfo(
         name=model,
         path=str(directory),
         model_type=architecture.model_type,
-        num_parameters=num_parameters,
+        num_parameters=size.num_parameters(family),
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
         max_context_length=architecture.max_context_length,
         quantization="nf4" if checkpoint.check_quantization_config(raw_config) else "none",
         size_bytes=sum(path.stat().st_size for path in checkpoint.weight_files(directory)),
-        nf4_bytes=round(num_quantized * _NF4_BYTES_PER_PARAMETER + 2 * (num_parameters - num_quantized)),
+        nf4_bytes=size.weight_bytes(family, is_nf4=True),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 from manyhats.client.fields import assign, enum_name, invalid
 from manyhats.client.requests import RegisterOptions
@@ -101,3 +102,6 @@ def _set_options(request: _RegistrationRequest, options: Mapping[str, object], m
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
         if value is not None:
             assign(request, name, value, name)
+    if not (request.request_id or request.validate_only):
+        # So that it can be tried again: whatever became of the first try, the answer is the same.
+        request.request_id = uuid4().hex

@@ -1,16 +1,23 @@
-"""How the clients connect: with or without TLS and a token."""
+"""How the clients connect: with or without TLS and a token, trying again or not; what every call carries."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Final, cast
+import re
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
 
 import grpc
 import grpc.aio
 
 from manyhats.client.credentials import Credentials
+from manyhats.client.retries import SERVICE_CONFIG
 
 DEFAULT_TARGET: Final = "127.0.0.1:50051"
+
+TASK_KEY: Final = "x-manyhats-task"
+
+# What a header can have, and a task's name may.
+_TASK: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:@[0-9]{1,10})?")
 
 _MAX_RESPONSE_BYTES = 256 * 2**20
 
@@ -28,10 +35,11 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 _NO_CREDENTIALS: Final = Credentials()
 _Metadata = tuple[tuple[str, str], ...]
+AnyChannel = TypeVar("AnyChannel", grpc.Channel, grpc.aio.Channel)
 
 
-def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
-    """A channel of the blocking client.
+def open_channel(target: str, credentials: Credentials | None, *, retries: bool) -> grpc.Channel:
+    """A channel of the blocking client, with ``carrying`` around it.
 
     Raises:
         CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
@@ -39,14 +47,13 @@ def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
     given = credentials or _NO_CREDENTIALS
     secure = given.channel_credentials()
     if secure is not None:
-        return grpc.secure_channel(target, secure, options=CHANNEL_OPTIONS)
+        return carrying(grpc.secure_channel(target, secure, options=_options(retries)))
     metadata = given.clear_metadata(target)
-    channel = grpc.insecure_channel(target, options=_clear_options(metadata))
-    return cast(grpc.Channel, _MetadataChannel(channel, metadata)) if metadata else channel
+    return carrying(grpc.insecure_channel(target, options=_options(retries, metadata)), metadata)
 
 
-def open_aio_channel(target: str, credentials: Credentials | None) -> grpc.aio.Channel:
-    """A channel of the asyncio client.
+def open_aio_channel(target: str, credentials: Credentials | None, *, retries: bool) -> grpc.aio.Channel:
+    """A channel of the asyncio client, with ``carrying`` around it.
 
     Raises:
         CredentialsError: as ``open_channel``.
@@ -54,18 +61,37 @@ def open_aio_channel(target: str, credentials: Credentials | None) -> grpc.aio.C
     given = credentials or _NO_CREDENTIALS
     secure = given.channel_credentials()
     if secure is not None:
-        return grpc.aio.secure_channel(target, secure, options=CHANNEL_OPTIONS)
+        return carrying(grpc.aio.secure_channel(target, secure, options=_options(retries)))
     metadata = given.clear_metadata(target)
-    channel = grpc.aio.insecure_channel(target, options=_clear_options(metadata))
-    return cast(grpc.aio.Channel, _MetadataChannel(channel, metadata)) if metadata else channel
+    return carrying(grpc.aio.insecure_channel(target, options=_options(retries, metadata)), metadata)
 
 
-def _clear_options(metadata: _Metadata) -> tuple[tuple[str, int], ...]:
-    # A proxy from the environment would read the token, even on the way to this machine.
-    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if metadata else CHANNEL_OPTIONS
+def carrying(channel: AnyChannel, metadata: _Metadata = ()) -> AnyChannel:
+    """A channel whose every call carries ``metadata``, and the task that its message names."""
+    return cast(AnyChannel, _CarryingChannel(channel, metadata))
 
 
-class _MetadataChannel:
+def task_metadata(message: object) -> _Metadata:
+    """``x-manyhats-task``, for proxies that send all calls of a task to one replica.
+
+    The task, with its version if it has one, is what the message names; of several the first. Nothing if it names
+    none, or what cannot be a task: the server will say so.
+    """
+    named: str = next(iter(getattr(message, "task_ids", ())), "") or getattr(message, "task_id", "")
+    return ((TASK_KEY, named),) if _TASK.fullmatch(named) else ()
+
+
+def _options(retries: bool, metadata: _Metadata = ()) -> tuple[tuple[str, int | str], ...]:
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if retries:
+        options.append(("grpc.service_config", SERVICE_CONFIG))
+    if metadata:
+        # A proxy from the environment would read the token, even on the way to this machine.
+        options.append(("grpc.enable_http_proxy", 0))
+    return tuple(options)
+
+
+class _CarryingChannel:
     """A channel, of either client, whose every call carries metadata.
 
     gRPC sends call credentials only over secure channels; interceptors would replace gRPC's calls with their own.
@@ -76,13 +102,20 @@ class _MetadataChannel:
         self._metadata = metadata
 
     def unary_unary(self, *args: Any, **options: Any) -> Any:
-        return partial(self._channel.unary_unary(*args, **options), metadata=self._metadata)
+        return self._carrying(self._channel.unary_unary(*args, **options))
 
     def unary_stream(self, *args: Any, **options: Any) -> Any:
-        return partial(self._channel.unary_stream(*args, **options), metadata=self._metadata)
+        return self._carrying(self._channel.unary_stream(*args, **options))
 
     def stream_unary(self, *args: Any, **options: Any) -> Any:
-        return partial(self._channel.stream_unary(*args, **options), metadata=self._metadata)
+        return self._carrying(self._channel.stream_unary(*args, **options))
 
     def close(self) -> Any:
         return self._channel.close()
+
+    def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*request: Any, metadata: _Metadata = (), **options: Any) -> Any:
+            named = task_metadata(request[0]) if request else ()
+            return method(*request, metadata=(*self._metadata, *named, *metadata), **options)
+
+        return call

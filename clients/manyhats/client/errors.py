@@ -48,16 +48,24 @@ class ManyhatsError(Exception):
         code: the gRPC status code's name such as ``NOT_FOUND``; empty if the server was never asked.
         reason: the server's reason such as ``TASK_NOT_FOUND``; may be empty.
         metadata: what the server adds to the reason, such as the limit or the tensor at fault.
+        retry_after_s: when the server suggests trying again, in seconds; None if it does not.
     """
 
     def __init__(
-        self, message: str, *, code: str = "", reason: str = "", metadata: Mapping[str, str] = _NO_METADATA
+        self,
+        message: str,
+        *,
+        code: str = "",
+        reason: str = "",
+        metadata: Mapping[str, str] = _NO_METADATA,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.reason = reason
         self.metadata = dict(metadata)
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(ManyhatsError):
@@ -152,23 +160,7 @@ class DigestMismatchError(AdapterError):
 
 
 class ResourceExhaustedError(ManyhatsError):
-    """A quota or a disk is full.
-
-    Attributes:
-        retry_after_s: when the server suggests trying again, in seconds; None if it does not.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry_after_s: float | None = None,
-        code: str = "",
-        reason: str = "",
-        metadata: Mapping[str, str] = _NO_METADATA,
-    ) -> None:
-        super().__init__(message, code=code, reason=reason, metadata=metadata)
-        self.retry_after_s = retry_after_s
+    """A quota or a disk is full."""
 
 
 class QueueFullError(ResourceExhaustedError):

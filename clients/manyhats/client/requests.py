@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,10 @@ TextToRead: TypeAlias = (
 """Text, a pair of texts, token ids, or a conversation that ``embed`` and ``classify`` read."""
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called, as an upload progresses, with how many bytes are sent and how many there are."""
+"""Called, as a call progresses, with how much is done and how much there is: bytes of an upload, prompts of many."""
+
+OnError: TypeAlias = Literal["raise", "return"]
+"""What becomes of a call for many prompts if one fails: the error ends it, or stands in the place of the answer."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -153,6 +156,25 @@ class GenerateOptions(PromptOptions, total=False):
     skip_special_tokens: bool | None
 
 
+class ManyOptions(TypedDict, total=False):
+    """Keyword arguments of every call for many prompts or rows; None is the same as leaving one out.
+
+    Keys:
+        concurrency: how many requests run at a time, at most; 32 by default.
+        progress: True, the default, shows a bar at a terminal and in notebooks, False nothing; a function is called
+            with how many requests have ended, and how many there are.
+        timeout_s: for each prompt, with all that it waits for; the client's by default.
+    """
+
+    concurrency: int | None
+    progress: Progress | bool | None
+    timeout_s: float | None
+
+
+class GenerateManyOptions(GenerateOptions, ManyOptions, total=False):
+    """Keyword arguments of ``generate_many`` and ``generate_frame``: those of ``generate`` hold for all prompts."""
+
+
 class EmbedOptions(TypedDict, total=False):
     """Keyword arguments of ``embed``; None is the same as leaving one out.
 
@@ -190,6 +212,18 @@ class ClassifyOptions(TypedDict, total=False):
     truncation: str | None
     request_id: str | None
     priority: int | None
+
+
+class EmbedFrameOptions(EmbedOptions, ManyOptions, total=False):
+    """Keyword arguments of ``embed_frame``."""
+
+
+class ClassifyFrameOptions(ClassifyOptions, ManyOptions, total=False):
+    """Keyword arguments of ``classify_frame``."""
+
+
+class ScoreFrameOptions(PromptOptions, ManyOptions, total=False):
+    """Keyword arguments of ``score_frame``."""
 
 
 class TagOptions(TypedDict, total=False):
@@ -235,7 +269,7 @@ class RegisterOptions(TypedDict, total=False):
         activate: whether the new version becomes the one that the bare task id refers to; true by default.
         validate_only: checks everything and stores nothing.
         expected_digest: the ``sha256:…`` that the files must have; empty for any.
-        request_id: makes repeating safe; the same id with another body is refused.
+        request_id: makes repeating safe; the same id with another body is refused. Made anew if it is left out.
         labels: kept with the version; ``default.temperature`` and its like decide what holds for fields that a
             generation leaves out.
         assume_base: assumes that the adapter is meant for the server's base, whatever base it names.

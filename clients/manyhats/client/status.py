@@ -48,7 +48,13 @@ _Make = Callable[[str, str, _Details], errors.ManyhatsError]
 
 def _plain(kind: type[errors.ManyhatsError]) -> _Make:
     def make(message: str, code: str, details: _Details) -> errors.ManyhatsError:
-        return kind(message, code=code, reason=details.reason, metadata=details.metadata)
+        return kind(
+            message,
+            code=code,
+            reason=details.reason,
+            metadata=details.metadata,
+            retry_after_s=details.retry_after_s,
+        )
 
     return make
 
@@ -58,19 +64,6 @@ def _invalid(kind: type[errors.InvalidRequestError]) -> _Make:
         return kind(
             message,
             violations=details.violations,
-            code=code,
-            reason=details.reason,
-            metadata=details.metadata,
-        )
-
-    return make
-
-
-def _exhausted(kind: type[errors.ResourceExhaustedError]) -> _Make:
-    def make(message: str, code: str, details: _Details) -> errors.ManyhatsError:
-        return kind(
-            message,
-            retry_after_s=details.retry_after_s,
             code=code,
             reason=details.reason,
             metadata=details.metadata,
@@ -97,7 +90,7 @@ _BY_REASON: dict[str, _Make] = {
     "SOURCE_NOT_FOUND": _plain(errors.SourceNotFoundError),
     "SOURCE_NOT_ALLOWED": _plain(errors.SourceNotAllowedError),
     "DIGEST_MISMATCH": _plain(errors.DigestMismatchError),
-    "QUEUE_FULL": _exhausted(errors.QueueFullError),
+    "QUEUE_FULL": _plain(errors.QueueFullError),
     "LOADING": _plain(errors.UnavailableError),
     "DRAINING": _plain(errors.UnavailableError),
     "NUMERICAL_ERROR": _plain(errors.NumericalError),
@@ -109,7 +102,7 @@ _BY_CODE: dict[grpc.StatusCode, _Make] = {
     grpc.StatusCode.ALREADY_EXISTS: _invalid(errors.RequestIdReusedError),
     grpc.StatusCode.NOT_FOUND: _plain(errors.TaskNotFoundError),
     grpc.StatusCode.FAILED_PRECONDITION: _plain(errors.AdapterError),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: _exhausted(errors.ResourceExhaustedError),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: _plain(errors.ResourceExhaustedError),
     grpc.StatusCode.UNAVAILABLE: _plain(errors.UnavailableError),
     grpc.StatusCode.DEADLINE_EXCEEDED: _plain(errors.DeadlineError),
     grpc.StatusCode.CANCELLED: _plain(errors.CancelledError),

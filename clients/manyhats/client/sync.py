@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -12,10 +13,14 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from manyhats.client import adapter_convert, convert, encoding_convert
-from manyhats.client.channel import DEFAULT_TARGET, open_channel
+from manyhats.client.aio import AsyncClient
+from manyhats.client.channel import DEFAULT_TARGET, carrying, open_channel, task_metadata
 from manyhats.client.credentials import Credentials
 from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
 from manyhats.client.errors import ManyhatsError
+from manyhats.client.fields import invalid
+from manyhats.client.own_loop import run_beside
+from manyhats.client.progress import shown
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
 from manyhats.client.requests import (
     ChatOptions,
@@ -41,6 +46,7 @@ from manyhats.client.results import (
 )
 from manyhats.client.status import FailedCall, error_from_call
 from manyhats.client.stream import GenerationStream, StreamCall
+from manyhats.client.sync_many import ManyCalls
 from manyhats.client.upload import UploadMessages, read_files
 from manyhats.v1 import (
     adapter_pb2,
@@ -54,7 +60,7 @@ from manyhats.v1 import (
 Response = TypeVar("Response")
 
 
-class Client:
+class Client(ManyCalls):
     """Talks to a manyhats server. Thread-safe; close it, or use it as a context manager.
 
     Every call takes ``timeout_s``, the seconds after which it fails with ``DeadlineError``; None means no limit. Every
@@ -67,7 +73,9 @@ class Client:
         target: ``host:port`` of the server, or any target gRPC understands.
         timeout_s: the default for calls.
         credentials: for a server that requires TLS or a token; none by default.
-        channel: an open channel to use instead of ``target``; the caller still closes it.
+        retries: whether calls that were refused for now, or found no server, are tried again, up to three times and
+            within their ``timeout_s``, when the server says or after 0.2 s, 0.4 s and 0.8 s.
+        channel: an open channel to use instead of ``target``, with retries of its own; the caller still closes it.
 
     Raises:
         CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
@@ -79,13 +87,17 @@ class Client:
         *,
         timeout_s: float | None = None,
         credentials: Credentials | None = None,
+        retries: bool = True,
         channel: grpc.Channel | None = None,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
+        self._credentials = credentials
         self._own_channel: grpc.Channel | None = None
         if channel is None:
-            channel = self._own_channel = open_channel(target, credentials)
+            channel = self._own_channel = open_channel(target, credentials, retries=retries)
+        else:
+            channel = carrying(channel)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._encoding = encoding_pb2_grpc.EncodingServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
@@ -255,7 +267,7 @@ class Client:
         task_id: str,
         directory: str | os.PathLike[str],
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
@@ -266,19 +278,21 @@ class Client:
         Args:
             task_id: the task, without a version.
             directory: on this machine; its ``adapter_config.json``, safetensors and text files are sent, nothing else.
-            progress: called with the bytes sent and their total, on another thread.
+            progress: called with the bytes sent and their total, on another thread; True shows a bar.
             timeout_s: as above.
             options: see ``RegisterOptions``.
         """
         files = read_files(directory)
         header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
-        messages = UploadMessages(header, files, progress)
-        try:
-            response = self._call(self._adapters.UploadAdapter, iter(messages), timeout_s)
-        except ManyhatsError:
-            if messages.failure is not None:
-                raise messages.failure from None
-            raise
+        with shown(progress, "upload", in_bytes=True) as report:
+            messages = UploadMessages(header, files, report)
+            upload = partial(self._adapters.UploadAdapter, metadata=task_metadata(header))
+            try:
+                response = self._call(upload, iter(messages), timeout_s)
+            except ManyhatsError:
+                if messages.failure is not None:
+                    raise messages.failure from None
+                raise
         return adapter_convert.registration(response)
 
     def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
@@ -369,6 +383,20 @@ class Client:
             return method(request, timeout=self._timeout(timeout_s))
         except grpc.RpcError as error:
             raise error_from_call(cast(FailedCall, error), self._target) from error
+
+    def _run(self, ask: Callable[[AsyncClient], Coroutine[Any, Any, Response]]) -> Response:
+        if self._own_channel is None:
+            raise invalid(
+                "channel", "calls for many prompts open their own; give the client a target instead"
+            )
+
+        async def work() -> Response:
+            async with AsyncClient(
+                self._target, timeout_s=self._timeout_s, credentials=self._credentials, retries=False
+            ) as client:
+                return await ask(client)
+
+        return run_beside(work())
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s

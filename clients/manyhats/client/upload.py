@@ -82,7 +82,7 @@ class UploadMessages:
     """
 
     def __init__(
-        self, header: adapter_pb2.UploadHeader, files: Sequence[UploadFile], progress: Progress | None
+        self, header: adapter_pb2.UploadHeader, files: Sequence[UploadFile], progress: Progress
     ) -> None:
         self.failure: Exception | None = None
         self._messages = self._make(header, files, progress)
@@ -91,7 +91,7 @@ class UploadMessages:
         return self._messages
 
     def _make(
-        self, header: adapter_pb2.UploadHeader, files: Sequence[UploadFile], progress: Progress | None
+        self, header: adapter_pb2.UploadHeader, files: Sequence[UploadFile], progress: Progress
     ) -> Iterator[adapter_pb2.UploadAdapterRequest]:
         yield adapter_pb2.UploadAdapterRequest(header=header)
         total, sent = sum(file.size_bytes for file in files), 0
@@ -101,8 +101,7 @@ class UploadMessages:
                     chunk = adapter_pb2.FileChunk(file_index=index, offset=offset, data=data)
                     yield adapter_pb2.UploadAdapterRequest(chunk=chunk)
                     sent += len(data)
-                    if progress is not None:
-                        progress(sent, total)
+                    progress(sent, total)
         except Exception as error:  # noqa: BLE001 - it is raised again by the call that reads this
             self.failure = error
 

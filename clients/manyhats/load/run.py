@@ -61,7 +61,7 @@ async def run_load(
     """Send every request when it is due, and wait for all of them.
 
     Args:
-        client: of the server.
+        client: of the server, without retries, which would hide refusals.
         workload: what to ask.
         tasks: the most popular first; an empty name is the base model.
         versions: of the tasks that may be moved to another of theirs.

@@ -54,7 +54,12 @@ PRESETS: dict[str, Workload] = {
     "steady": Workload(),
     "zipf": Workload(popularity="zipf", rate=4.0, duration_s=60.0),
     "greedy": Workload(
-        popularity="greedy", rate=4.0, duration_s=240.0, prompt_tokens=(64, 192), answer_tokens=(64, 256)
+        popularity="greedy",
+        rate=4.0,
+        duration_s=240.0,
+        prompt_tokens=(64, 192),
+        answer_tokens=(64, 256),
+        deadline_s=60.0,
     ),
     "cold": Workload(popularity="cold", rate=5.0, duration_s=60.0),
     "overload": Workload(popularity="zipf", rate=30.0, duration_s=300.0, deadline_s=30.0),

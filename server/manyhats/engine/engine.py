@@ -367,7 +367,7 @@ class Engine:
         started = time.monotonic()
         self.loop.step.scheduler.check_queue(adapter.task_id, self._num_preparing)
         async with _by_deadline(request, "the adapter"):
-            lease = await self._adapters.lease(adapter)
+            lease = await self._adapters.lease(adapter, request.priority)
         lease.load_s, lease.has_waited = time.monotonic() - started, True
         return lease
 

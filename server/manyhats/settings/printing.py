@@ -32,7 +32,7 @@ def config_text(known: Iterable[Setting], values: Mapping[str, Any], places: Map
     for each in known:
         if each.name in values:
             value = _plain(each, values[each.name])
-            shown = _without_secrets(value)
+            shown = without_secrets(value)
             place = places.get(each.name, "default")
             note = "" if shown == value else "; secrets in it are left out"
             lines.append(f"{each.name}: {_yaml(shown)}  # {place}{note}\n")
@@ -50,13 +50,14 @@ def _plain(each: Setting, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
+    """The value with passwords and keys in its URLs replaced."""
     if isinstance(value, str):
         return _SECRET_PARAMETER.sub(rf"\1{_HIDDEN}", _PASSWORD.sub(rf"\1{_HIDDEN}", value))
     if isinstance(value, list):
-        return [_without_secrets(part) for part in value]
+        return [without_secrets(part) for part in value]
     if isinstance(value, dict):
-        return {key: _without_secrets(part) for key, part in value.items()}
+        return {key: without_secrets(part) for key, part in value.items()}
     return value
 
 

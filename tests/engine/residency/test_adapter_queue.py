@@ -135,6 +135,22 @@ async def test_turns_come_in_the_order_in_which_they_were_asked_for(
         assert loader.loaded == answers == tasks
 
 
+async def test_a_higher_priority_has_its_turn_first_with_all_that_wait_for_the_same(
+    model: LoadedModel, loads_in_turn: None
+) -> None:
+    loader = Loader(model)
+    answers: list[str] = []
+    async with running_engine(model, loader, **MEMORY_OF_ONE) as engine:
+        stream = await hold(engine, "held")
+        waiting = [finishing(answers, engine, task) for task in ("a", "b", "c")]
+        waiting += [finishing(answers, engine, task, priority=1) for task in ("d", "c")]
+        waiting += [finishing(answers, engine, "urgent", priority=2), finishing(answers, engine, "late")]
+        await until(lambda: engine.stats.num_waiting == 7)
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert loader.loaded == ["held", "urgent", "c", "d", "a", "b", "late"]
+
+
 async def test_those_who_wait_for_one_task_have_their_turn_together(
     model: LoadedModel, scarce: dict[str, int], loads_in_turn: None
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.reserved_labels import Entitlement
 from manyhats.engine.errors import QueueFullError
+from manyhats.engine.scheduling.schedule import Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
 from manyhats.engine.scheduling.shares import OUTPUT_COST, PROMPT_COST
@@ -169,6 +170,46 @@ def test_where_two_tasks_wait_all_seats_go_by_turns() -> None:
             )
     ToyEngine(scheduler).step()
     assert [each.task for each in scheduler._running].count("a") >= 32
+
+
+def busy_scheduler(num_greedy: int) -> tuple[Scheduler, ToyEngine]:
+    """One on which so many sequences of a task decode, on 20 seats."""
+    scheduler = make_scheduler(num_blocks=600, sequences=20, tokens=100, waiting=1000)
+    engine = ToyEngine(scheduler)
+    for index in range(num_greedy):
+        scheduler.add(make_sequence(f"greedy {index}", range(2), 60, task="greedy", cache_key=b"greedy"))
+    engine.step()
+    return scheduler, engine
+
+
+def tasks_of(schedule: Schedule) -> set[str]:
+    return {chunk.sequence.task for chunk in schedule.chunks}
+
+
+def test_a_task_on_more_than_its_share_sits_out_the_step_in_which_another_s_prompt_begins() -> None:
+    scheduler, engine = busy_scheduler(18)
+    scheduler.add(make_sequence("quiet", range(4), 8, task="quiet", cache_key=b"quiet"))
+    assert tasks_of(engine.step()) == {"quiet"}
+    both = engine.step()
+    assert tasks_of(both) == {"quiet", "greedy"}
+    assert len(both.chunks) == 19
+    engine.drain()
+
+
+def test_nobody_sits_out_two_steps_in_a_row() -> None:
+    scheduler, engine = busy_scheduler(16)
+    for index in range(12):
+        scheduler.add(make_sequence(f"quiet {index}", range(4), 1, task="quiet", cache_key=b"quiet"))
+        engine.step()
+    greedy = [each for each in scheduler._running if each.task == "greedy"]
+    assert len(greedy) == 16
+    assert all(each.num_output_tokens == 1 + 6 for each in greedy)
+
+
+def test_nobody_sits_out_where_that_would_save_little() -> None:
+    scheduler, engine = busy_scheduler(8)  # less than half of the seats
+    scheduler.add(make_sequence("quiet", range(4), 8, task="quiet", cache_key=b"quiet"))
+    assert tasks_of(engine.step()) == {"quiet", "greedy"}
 
 
 def test_recomputed_tokens_are_charged_once() -> None:

@@ -251,6 +251,20 @@ async def test_every_task_of_a_call_is_checked(token_file: Path) -> None:
         assert (refusal.reason, dict(refusal.info.metadata)) == ("TASK_NOT_ALLOWED", {"task": "hats"})
 
 
+@pytest.mark.parametrize("method", NAMING)
+async def test_what_metadata_say_of_the_task_decides_nothing(method: str, token_file: Path) -> None:
+    """``x-manyhats-task`` is for proxies."""
+    metadata = bearer(add_token(token_file, "one", BOTH, ["mine"]))
+    async with secured_server(token_file=token_file) as server:
+        for task in ("mine", "hats"):
+            server.store.register(Registration(task, Uri("a")))
+        for said in ("mine", "hats", "mine@1", "no such"):
+            also = (*metadata, ("x-manyhats-task", said))
+            assert await code_of(CALLS[method](server, also, "mine")) not in (UNAUTHENTICATED, DENIED)
+            refusal = await refused(CALLS[method](server, also, "hats"))
+            assert (refusal.code, refusal.reason) == (DENIED, "TASK_NOT_ALLOWED")
+
+
 async def test_a_second_header_of_an_upload_is_checked_too(token_file: Path) -> None:
     metadata = bearer(add_token(token_file, "one", [Role.MANAGE], ["mine"]))
 

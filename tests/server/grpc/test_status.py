@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 
 from manyhats.adapters import errors as adapter_errors
 from manyhats.adapters.registration import Registration, Uri
+from manyhats.client import AsyncClient, QueueFullError
 from manyhats.engine import errors as engine_errors
 from manyhats.server.access import errors as access_errors
 from manyhats.server.grpc.status import grpc_code, status_of
@@ -18,7 +21,7 @@ from manyhats.server.service import errors as service_errors
 from manyhats.server.service.reasons import is_expected, reason_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
-from support.fakes.server import ByteTokenizer, Running, refused, running_server
+from support.fakes.server import ByteTokenizer, Running, eventually, refused, running_server
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -187,6 +190,65 @@ async def test_fault_of_a_running_request(error: Exception, code: grpc.StatusCod
         assert server.engine.running == 0
     assert (refusal.code, refusal.reason) == (code, reason)
     assert "secret" not in refusal.message
+
+
+PUSHBACKS: list[tuple[Exception, int | None, float | None]] = [
+    (engine_errors.QueueFullError(9, 1.5), 1500, 1.5),
+    (engine_errors.AdapterCapacityError(4, 0.0001), 1, 0.0001),
+    (engine_errors.NoMemoryError(), 1000, 1.0),
+    (MemoryError(), 1000, 1.0),
+    (engine_errors.DrainingError("going"), 1000, 1.0),
+    (adapter_errors.QuotaExceededError("max_uploads", "is 2", 2.0), 2000, 2.0),
+    (adapter_errors.QuotaExceededError("max_tasks", "is 2"), -1, None),
+    (adapter_errors.StoreFullError("store", "is full"), -1, None),
+    (engine_errors.PinLimitError(3, 2, 4), -1, None),
+    (engine_errors.StreamUnreadError(60.0), -1, None),
+    (engine_errors.NumericalError("NaN"), None, None),
+    (RuntimeError("bug"), None, None),
+]
+
+
+@pytest.mark.parametrize(("error", "pushback_ms", "retry_s"), PUSHBACKS, ids=lambda value: repr(value))
+async def test_when_to_try_again_is_told_to_people_and_to_grpc(
+    error: Exception, pushback_ms: int | None, retry_s: float | None
+) -> None:
+    async with running_server() as server:
+        server.engine.error = error
+        refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="a")))
+        assert (refusal.pushback_ms, refusal.retry_s) == (pushback_ms, retry_s)
+
+
+async def test_no_caller_is_told_to_wait_longer_than_it_can() -> None:
+    async with running_server() as server:
+        server.engine.error = engine_errors.QueueFullError(9, 5.0)
+        for timeout_s, pushback_ms in ((4.0, -1), (60.0, 5000)):
+            refusal = await refused(
+                server.generation.Generate(pb.GenerateRequest(text="a"), timeout=timeout_s)
+            )
+            assert (refusal.reason, refusal.pushback_ms, refusal.retry_s) == ("QUEUE_FULL", pushback_ms, 5.0)
+
+
+async def test_our_client_waits_as_long_as_the_server_says() -> None:
+    async with running_server() as server, AsyncClient(server.port.address) as client:
+        server.engine.error = engine_errors.QueueFullError(9, 0.3)
+        began_s = time.monotonic()
+        answer = asyncio.create_task(client.generate("a", max_new_tokens=2))
+        await eventually(lambda: num_calls(server, "RESOURCE_EXHAUSTED") == 2)
+        server.engine.error = None
+        assert (await answer).usage.generated_tokens == 2
+        assert 0.6 <= time.monotonic() - began_s < 3.0
+        assert (num_calls(server, "RESOURCE_EXHAUSTED"), num_calls(server, "OK")) == (2, 1)
+        # Longer than the call may last: the refusal comes at once, with its reason.
+        server.engine.error = engine_errors.QueueFullError(9, 30.0)
+        began_s = time.monotonic()
+        with pytest.raises(QueueFullError):
+            await client.generate("a", timeout_s=20)
+        assert time.monotonic() - began_s < 3.0
+
+
+def num_calls(server: Running, code: str) -> float:
+    labels = {"task": "_base", "method": "Generate", "code": code}
+    return server.metrics.registry.get_sample_value("manyhats_requests_total", labels) or 0.0
 
 
 async def test_a_text_that_there_is_no_memory_to_read_fails_its_call_alone(

@@ -100,6 +100,19 @@ async def test_a_token_reaches_its_tasks_only(token_file: Path) -> None:
             ).status == 403
 
 
+async def test_what_a_header_says_of_the_task_decides_nothing(token_file: Path) -> None:
+    """``x-manyhats-task`` is for proxies."""
+    token = add_token(token_file, "one", [Role.GENERATE], ["mine"])
+    async with running_server(tokens=TokenFile(token_file)) as server:
+        for task in ("mine", "hats"):
+            server.store.tasks[task] = [make_record(task)]
+        for said in ("mine", "hats", "no such"):
+            headers = (f"authorization: Bearer {token}", f"x-manyhats-task: {said}")
+            reply = await chat(server, *headers, model="mine")
+            assert (reply.status, reply.headers["x-manyhats-version"]) == (200, "mine@1")
+            assert (await chat(server, *headers, model="hats")).status == 403
+
+
 async def test_probes_and_metrics_need_no_token(token_file: Path) -> None:
     add_token(token_file, "one")
     async with running_server(tokens=TokenFile(token_file)) as server:

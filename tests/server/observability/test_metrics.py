@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from manyhats.adapters.artifact import AdapterState
-from manyhats.adapters.errors import AdapterUnsafeError
+from manyhats.adapters.errors import AdapterUnsafeError, StoreUnavailableError
 from manyhats.engine.output import StepStats
 from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.observability import gateway
 from manyhats.server.observability.task_labels import TaskLabels
+from manyhats.server.service.store_health import StoreHealth, StoreUse
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
-from support.fakes.server import Running, eventually, make_record, refused, running_server
+from support.fakes.server import Running, eventually, make_backend, make_record, refused, running_server
 
 Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -83,6 +85,14 @@ async def test_every_name_of_the_api_is_there_after_one_request() -> None:
         "manyhats_adapter_registrations_total",
         "manyhats_model_bytes",
         "manyhats_engine_heartbeat_timestamp_seconds",
+        "manyhats_build_info",
+        "manyhats_generations_total",
+        "manyhats_request_prompt_tokens_count",
+        "manyhats_request_generated_tokens_count",
+        "manyhats_store_last_success_timestamp_seconds",
+        "manyhats_store_failures_total",
+        "manyhats_http_requests_in_flight",
+        "manyhats_http_connections_refused_total",
         "vllm:lora_requests_info",
     }
     assert {name for name in names if ":" in name} == set(gateway.NAMES)
@@ -118,6 +128,63 @@ async def test_requests_and_tokens_count_by_task_method_and_code() -> None:
     assert value(series, "manyhats_time_to_first_token_seconds_count", task="hats") == 2
     assert value(series, "manyhats_inter_token_seconds_count", task="hats") == 4
     assert value(series, "manyhats_queue_seconds_sum", task="hats") == pytest.approx(0.002)
+
+
+async def test_generations_count_by_task_and_why_they_ended_and_by_length() -> None:
+    async with running_server() as server:
+        await server.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(task_id="hats", uri="a"))
+        await server.generation.Generate(pb.GenerateRequest(text="abc"))
+        request = pb.GenerateRequest(task_id="hats", text="ab", num_sequences=2)
+        request.stopping.max_new_tokens = 1
+        await server.generation.Generate(request)
+        series = await scrape(server)
+    name = "manyhats_generations_total"
+    assert sum(count for (each, _), count in series.items() if each == name) == 3
+    assert value(series, name, task="hats", finish_reason="length") == 2
+    assert value(series, "manyhats_request_generated_tokens_count") == 3
+    assert value(series, "manyhats_request_generated_tokens_bucket", le="1.0") == 2
+    prompts = [value(series, f"manyhats_request_prompt_tokens_{each}") for each in ("count", "sum")]
+    assert prompts[0] == 2
+    assert prompts[1] == sum(
+        value(series, "manyhats_prompt_tokens_total", task=task) for task in ("_base", "hats")
+    )
+
+
+async def test_what_runs_is_told_by_build_info() -> None:
+    async with running_server() as server:
+        series = await scrape(server)
+    (labels,) = labels_of(series, "manyhats_build_info")
+    version = labels.pop("version")
+    assert version.startswith("0.")
+    assert labels == {"base": "echo", "quantization": "nf4", "device": "cpu"}
+
+
+async def test_whether_requests_are_served_shows() -> None:
+    async with running_server(is_open=False) as server:
+        loading = await scrape(server)
+        server.gate.open(make_backend(server.engine, server.store))
+        ready = await scrape(server)
+        server.gate.drain()
+        draining = await scrape(server)
+    assert [value(each, "manyhats_ready") for each in (loading, ready, draining)] == [0, 1, 0]
+
+
+async def test_looks_at_the_store_are_counted_and_dated() -> None:
+    now_s = [1000.0]
+    health = StoreHealth(clock=lambda: now_s[0])
+    now_s[0] = 1005.0
+    health.works(StoreUse.CATALOGUE)
+    for _ in range(2):
+        health.lost(StoreUse.READ, StoreUnavailableError("store", "is away"))
+    health.hangs(StoreUse.WRITE)
+    health.lost(StoreUse.WRITE, StoreUnavailableError("store", "is away"))  # what the same look ended with
+    async with running_server() as server:
+        server.metrics.attach(replace(server.gate.backend, store_health=health))
+        series = await scrape(server)
+    when, failures = "manyhats_store_last_success_timestamp_seconds", "manyhats_store_failures_total"
+    uses = ("catalogue", "read", "write")
+    assert [value(series, when, use=use) for use in uses] == [1005, 1000, 1000]
+    assert [value(series, failures, use=use) for use in uses] == [0, 2, 1]
 
 
 async def test_cancelled_and_late_calls_count_as_such() -> None:

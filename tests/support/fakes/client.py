@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,20 +93,26 @@ def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
 class FakeServer:
     """What the servicers answer, and what they saw.
 
-    ``status`` fails every call; ``is_endless`` never ends a stream.
+    ``status`` fails every call, or the first ``num_failures``; ``is_endless`` never ends a stream.
     """
 
     def __init__(self) -> None:
         self.target = ""
         self.requests: list[Message] = []
         self.authorizations: list[str | bytes | None] = []
+        self.named_tasks: list[str | bytes | None] = []  # by metadata
         self.status: Any = None
+        self.num_failures: int | None = None  # then calls succeed
         self.fail_stream_after: int | None = None
         self.is_endless = False
         self.is_old = False  # tells no limits
         self.has_versions = False  # of whatever is registered
         self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
+        self.echoes = False  # answers are prompts, and tell how many calls run
+        self.num_running = 0
+        self.most_running = 0
+        self._counting = threading.Lock()
         self.stream_began = threading.Event()
         self.stream_ended = threading.Event()
         self.uploaded: dict[str, bytearray] = {}
@@ -125,8 +132,22 @@ class FakeServer:
         """Records the request, and fails it where the test says so."""
         self.requests.append(request)
         time.sleep(self.delay_s)
-        if self.status is not None and self.fail_stream_after is None:
+        is_well = self.num_failures is not None and len(self.requests) > self.num_failures
+        if self.status is not None and self.fail_stream_after is None and not is_well:
             self.fail(context)
+
+    @contextmanager
+    def running(self) -> Iterator[int]:
+        """Counts a call; gives how many there are."""
+        with self._counting:
+            self.num_running += 1
+            self.most_running = max(self.most_running, self.num_running)
+            num_running = self.num_running
+        try:
+            yield num_running
+        finally:
+            with self._counting:
+                self.num_running -= 1
 
     def fail(self, context: grpc.ServicerContext) -> None:
         if not self.status.details:
@@ -134,7 +155,15 @@ class FakeServer:
                 next(code for code in grpc.StatusCode if code.value[0] == self.status.code),
                 self.status.message,
             )
-        context.abort_with_status(rpc_status.to_status(self.status))
+        status = rpc_status.to_status(self.status)
+        context.set_trailing_metadata((*status.trailing_metadata, *self.pushback()))
+        context.abort(status.code, status.details)
+
+    def pushback(self) -> tuple[tuple[str, str], ...]:
+        """Of what waiting does not help, or beside ``RetryInfo``, as the server has it."""
+        retry = error_details_pb2.RetryInfo()
+        found = [detail for detail in self.status.details if detail.Unpack(retry)]
+        return (("grpc-retry-pushback-ms", str(retry.retry_delay.ToMilliseconds()) if found else "-1"),)
 
 
 def _ref(task_id: str) -> adapter_pb2.AdapterRef | None:
@@ -167,7 +196,11 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         self._fake = fake
 
     def Generate(self, request: Any, context: Any) -> Any:
-        self._fake.see(request, context)
+        with self._fake.running() as num_running:
+            self._fake.see(request, context)
+            return self._answer(request, num_running)
+
+    def _answer(self, request: Any, num_running: int) -> Any:
         wants = request.response.logprobs
         prompt_tokens = [generation_pb2.TokenInfo(id=1, text="<s>"), _token(0, True)]
         more = [
@@ -181,7 +214,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         ]
         return generation_pb2.GenerateResponse(
             request_id=request.request_id or "made-by-server",
-            text=TEXT,
+            text=f"{request.text} {num_running}" if self._fake.echoes else TEXT,
             tokens=[_token(i, wants) for i in range(len(PIECES))],
             prompt_tokens=prompt_tokens if request.response.prompt_logprobs else [],
             finish_reason=generation_pb2.FINISH_REASON_EOS,
@@ -412,22 +445,23 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         )
 
 
-class _SeesTokens(grpc.ServerInterceptor):
+class _SeesMetadata(grpc.ServerInterceptor):
     def __init__(self, fake: FakeServer) -> None:
         self._fake = fake
 
     def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         metadata = dict(handler_call_details.invocation_metadata)
         self._fake.authorizations.append(metadata.get("authorization"))
+        self._fake.named_tasks.append(metadata.get("x-manyhats-task"))
         return continuation(handler_call_details)
 
 
 @contextmanager
-def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterator[FakeServer]:
-    """Serves a ``FakeServer`` on a free port of this machine, in the clear or by TLS."""
+def running_server(credentials: grpc.ServerCredentials | None = None, port: int = 0) -> Iterator[FakeServer]:
+    """Serves a ``FakeServer`` on a port of this machine, by default a free one, in the clear or by TLS."""
     fake = FakeServer()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        server = grpc.server(pool, interceptors=[_SeesTokens(fake)])
+        server = grpc.server(pool, interceptors=[_SeesMetadata(fake)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
         encoding_pb2_grpc.add_EncodingServiceServicer_to_server(_Encoding(fake), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
@@ -435,12 +469,18 @@ def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterato
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         fake.set_serving(True)
         if credentials is None:
-            port = server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port(f"127.0.0.1:{port}")
         else:
-            port = server.add_secure_port("127.0.0.1:0", credentials)
+            port = server.add_secure_port(f"127.0.0.1:{port}", credentials)
         fake.target = f"127.0.0.1:{port}"
         server.start()
         try:
             yield fake
         finally:
             server.stop(grace=None).wait()
+
+
+if __name__ == "__main__":  # a process of its own, to be killed; it listens on the port given, and echoes
+    with running_server(port=int(sys.argv[1])) as alone:
+        alone.echoes = True
+        threading.Event().wait()

@@ -659,12 +659,12 @@ async def running_server(
         body_limit_s=body_limit_s,
     )
     app = make_app(around, is_local=tokens is None and tls is None, has_page=True)
-    if tls is not None:
-        metrics.attach_tls(tls)
+    metrics.attach_files(tls, tokens)
     connections = ConnectionLimits(
         head_limit_s=head_limit_s, unread_limit_s=limits.get("unread_limit_s", 60.0)
     )
     http = HttpPort(app, host="127.0.0.1", port=0, tls=tls, limits=connections)
+    metrics.attach_http(http)
     await http.start()
     port = GrpcPort(calls, host="127.0.0.1", port=0, tls=tls, tokens=tokens, limits=GrpcLimits(**limits))
     await port.start()
@@ -694,6 +694,7 @@ class Refusal:
     info: ErrorInfo
     fields: tuple[str, ...]
     retry_s: float | None
+    pushback_ms: int | None  # what gRPC's clients wait for
 
     @property
     def reason(self) -> str:
@@ -705,7 +706,8 @@ def refusal_of(error: grpc.aio.AioRpcError) -> Refusal:
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"no rich status: {error.code()} {error.details()}"
     info, fields, retry_s = _unpacked(status)
-    return Refusal(error.code(), status.message, info, fields, retry_s)
+    pushback = [int(value) for key, value in error.trailing_metadata() if key == "grpc-retry-pushback-ms"]
+    return Refusal(error.code(), status.message, info, fields, retry_s, next(iter(pushback), None))
 
 
 def _unpacked(status: status_pb2.Status) -> tuple[ErrorInfo, tuple[str, ...], float | None]:

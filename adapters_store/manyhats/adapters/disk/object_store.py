@@ -14,8 +14,8 @@ from manyhats.adapters.errors import StoreConfigError, StoreUnavailableError
 _READ_BYTES = 16 * 1024 * 1024
 _DELETED_TOGETHER = 500
 
-# The package that each scheme needs, as an extra of this one. ``memory`` is this process's own.
-_EXTRAS: Mapping[str, str] = MappingProxyType({"s3": "s3", "gs": "gcs", "gcs": "gcs", "memory": "server"})
+EXTRAS: Mapping[str, str] = MappingProxyType({"s3": "s3", "gs": "gcs", "gcs": "gcs", "memory": "server"})
+"""The package that each scheme needs, as an extra of this one. ``memory`` is this process's own."""
 
 # The file systems retry on their own; this bounds how often, and how long a try takes.
 _S3_TRIES = 2
@@ -48,7 +48,7 @@ class ObjectStore:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         scheme, _, path = url.partition("://")
         scheme = scheme.lower()
-        if scheme not in _EXTRAS:
+        if scheme not in EXTRAS:
             raise StoreConfigError("store", f"the scheme '{scheme}' is not served; s3 and gs are")
         self._root = path.strip("/")
         if not self._root:
@@ -95,7 +95,7 @@ def _file_system(scheme: str, options: Mapping[str, Any]) -> Any:
         files = fsspec.filesystem(scheme, **{**own, **_OPTIONS.get(scheme, {}), **options})
     except ImportError:
         raise StoreConfigError(
-            "store", f"needs a package for {scheme}://; pip install 'manyhats[{_EXTRAS[scheme]}]'"
+            "store", f"needs a package for {scheme}://; pip install 'manyhats[{EXTRAS[scheme]}]'"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise StoreConfigError("storage_options", f"are not accepted by {scheme}://: {error}") from error

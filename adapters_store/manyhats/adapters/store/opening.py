@@ -13,11 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 from manyhats.adapters.disk.scratch import Scratch
 from manyhats.adapters.disk.store_errors import store_errors
-from manyhats.adapters.errors import StoreConfigError
+from manyhats.adapters.errors import StoreConfigError, StoreMissingError
 from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits, Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources.sources import AdapterSources
-from manyhats.adapters.store.artifacts.local import LocalArtifacts
+from manyhats.adapters.store.artifacts.local import ARTIFACTS, LocalArtifacts
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.publication import Publisher
@@ -59,11 +59,12 @@ def open_store(
         quotas: how much the store may hold.
         cache_directory: where local copies from object storage are kept; None for none.
         cache_max_bytes: the size limit of those copies.
-        create: create a missing directory; otherwise it is an error.
+        create: create a missing directory, and missing tables of a database; otherwise they are an error.
         sweep: remove what a crash left; otherwise ``gc`` finds it.
 
     Raises:
         StoreConfigError: the settings are inconsistent; ``subject`` is the setting.
+        StoreMissingError: there is no store, and none is to be created.
         StoreError: the store cannot be read or written.
     """
     limits, quotas = limits or AdapterLimits(), quotas or Quotas()
@@ -74,7 +75,7 @@ def open_store(
     elif not catalogue_url:
         raise StoreConfigError("catalogue_url", "must be given if the artifacts are in object storage")
     with contextlib.ExitStack() as undo:
-        catalogue = Catalogue(catalogue_url)
+        catalogue = Catalogue(catalogue_url, create=create)
         undo.callback(catalogue.close)
         storage = open_artifacts(
             directory or str(store), limits, cache_directory=cache_directory, cache_max_bytes=cache_max_bytes
@@ -108,8 +109,8 @@ def _directory(store: str | Path) -> Path | None:
 def _make(directory: Path, *, create: bool) -> None:
     if "?" in str(directory):
         raise StoreConfigError("store", "a store's path cannot have a question mark")
-    if not create and not (directory / _CATALOGUE_FILE).exists():
-        raise StoreConfigError("store", "there is no store in this directory")
+    if not create and not (directory / ARTIFACTS).is_dir():
+        raise StoreMissingError("store", "there is no store in this directory")
     with store_errors():
         directory.mkdir(parents=True, exist_ok=True)
 

@@ -240,6 +240,27 @@ class AdapterStore:
         """
         self._storage.check_writes()
 
+    def try_out(self) -> None:
+        """Write to artifacts and catalogue, and leave nothing of it.
+
+        Raises:
+            StoreError: that is impossible.
+        """
+        self._storage.try_out()
+        self._catalogue.check_writes()
+
+    def clock_difference_s(self) -> float | None:
+        """Seconds that the catalogue's database server is ahead of this machine's clock; None if there is none.
+
+        Raises:
+            StoreUnavailableError: the catalogue cannot be read.
+        """
+        return self._catalogue.clock_difference_s()
+
+    def task_ids(self) -> frozenset[str]:
+        """The tasks that have a version; a look-up in memory."""
+        return self._catalogue.task_ids()
+
     def load(self, record: AdapterRecord) -> LoadedVersion:
         """Read a version's stored artifacts into memory.
 

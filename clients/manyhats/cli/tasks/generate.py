@@ -1,4 +1,4 @@
-"""``manyhats generate``: one prompt, one answer."""
+"""``manyhats generate``: one prompt, one answer; or many prompts of a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from manyhats.cli.options import common as opt
 from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.tasks.prompts import answer_rows, rows_of
 from manyhats.cli.terminal.failures import UsageError
 from manyhats.cli.terminal.output import print_json
 from manyhats.cli.terminal.progress import shown_wait
@@ -18,7 +19,7 @@ from manyhats.cli.terminal.progress import shown_wait
 if TYPE_CHECKING:
     from manyhats.client import Client, GenerateOptions, Generation, Prompt
 
-HELP = """Send one prompt and print the answer.
+HELP = """Send a prompt, or those of a file, and print the answer.
 
 [bold]Examples[/bold]
 
@@ -34,12 +35,32 @@ HELP = """Send one prompt and print the answer.
 
   $ manyhats generate --chat --json-schema person.json "Invent a person."
 
+  $ manyhats generate --file prompts.jsonl --json > answers.jsonl
+
 The prompt goes to the model unchanged. With --chat it becomes a user
 message in the chat template of the model or the task, which is what
 instruction-tuned models expect.
+
+A file has a prompt in each line that is not empty. If its name ends with
+.jsonl, each line is a JSON object with "prompt" or "messages", and
+possibly "task". Answers come in the same order, between them a line of
+dashes, or with --json a line of JSON each. A prompt that fails does not
+stop the others; one that meets a full queue, or a server that restarts,
+is sent again.
 """
 
-PromptText = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")]
+PromptText = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Many prompts; - is stdin.")
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency", min=1, metavar="N", help="With --file: requests at a time.", show_default="32"
+    ),
+]
 Stream = Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it is generated.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")]
 NumSequences = Annotated[
@@ -76,7 +97,9 @@ Logprobs = Annotated[
 
 @takes_connection
 def generate(
-    prompt: PromptText,
+    prompt: PromptText = None,
+    file: PromptFile = None,
+    concurrency: Concurrency = None,
     task: opt.Task = "",
     stream: Stream = False,
     chat: Chat = False,
@@ -101,13 +124,22 @@ def generate(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Send one prompt and print the answer."""
+    """Send a prompt, or those of a file, and print the answer."""
+    if (prompt is None) == (file is None):
+        raise UsageError("give either PROMPT or --file")
+    if file is None and concurrency is not None:
+        raise UsageError("--concurrency is for --file")
+    if file is not None and stream:
+        raise UsageError("--stream is for one prompt, not for --file")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json, which shows them")
-    if stream and (num_sequences or 1) > 1 and not as_json:
-        raise UsageError("--stream shows one answer; with --num-sequences it needs --json")
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text and not chat and system is None:
+    if (stream or file is not None) and (num_sequences or 1) > 1 and not as_json:
+        name = "--stream" if stream else "--file"
+        raise UsageError(f"{name} shows one answer; with --num-sequences it needs --json")
+    is_chat = chat or system is not None
+    rows = [] if file is None else rows_of(file, task, lambda line: _as_prompt(line, is_chat, system))
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    if not (rows or text or is_chat):
         raise UsageError("PROMPT must not be empty")
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
@@ -130,8 +162,11 @@ def generate(
     }
     with connect(connection) as client:
         note_beyond_context(client, options)
+        if rows:
+            answer_rows(client, rows, as_json, options, concurrency)
+            return
         run = _stream if stream else _whole
-        run(client, _as_prompt(text, chat or system is not None, system), task, options, as_json)
+        run(client, _as_prompt(text, is_chat, system), task, options, as_json)
 
 
 def _text_of(option: str, value: str | None) -> str | None:

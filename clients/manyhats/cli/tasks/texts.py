@@ -41,15 +41,25 @@ def texts_of(given: Sequence[str] | None, file: Path | None) -> list[str]:
     if "" in texts:
         raise UsageError("TEXT must not be empty")
     if file is not None:
-        try:
-            content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--file: cannot read {str(file)!r}: {error}") from error
-        # Not splitlines: a text may have other separators within.
-        texts += [line for line in content.replace("\r\n", "\n").split("\n") if line.strip()]
+        texts += [line for _, line in lines_of(file)]
     if not texts:
         raise UsageError("there is no text; give TEXT, or --file")
     return texts
+
+
+def lines_of(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers; "-" is stdin.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--file: cannot read {str(file)!r}: {error}") from error
+    # Not splitlines: a text may have other separators within.
+    lines = content.replace("\r\n", "\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def batches(texts: Sequence[str]) -> Iterator[list[str]]:

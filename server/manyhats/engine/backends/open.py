@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.report import ProcessorReport
 from manyhats.engine.errors import ModelError
 
 
@@ -26,3 +29,17 @@ def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
 
         return TorchBackend()
     raise ModelError(f"there is no backend {name!r}")
+
+
+def kernel_directory() -> Path:
+    """Where the backend ``cpu`` keeps compiled kernels; it cannot be imported if nothing can be written there."""
+    from manyhats.engine.backends.cpu.compile import cache_directory
+
+    return cache_directory()
+
+
+def report_processor(*, dtype: str, num_threads: int = 0) -> ProcessorReport:
+    """What the backend ``cpu``, opened with these arguments, would make of this machine's processor."""
+    from manyhats.engine.backends.cpu.report import report
+
+    return report(num_threads=num_threads or None, is_exact=dtype == "float32")

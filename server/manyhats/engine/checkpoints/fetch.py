@@ -116,15 +116,49 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
         directory = home / "models" / source
         if not _is_fetched(directory):
             directory = fetch_model(source, home, progress)
-        names = _fetched_names(directory)
-        return LocatedModel(directory, source, names, _hub_id(names) or os.path.abspath(directory))
+        return _known(source, directory)
+    return _local(source) or _of_hub(source, _fetch_from_hub(_hub_repository(source)))
+
+
+def find_model(source: str, home: Path) -> LocatedModel | None:
+    """A model that is on this machine, as ``locate_model`` would find it; None if it would be fetched.
+
+    Raises:
+        ModelError: the name is none of an alias, a directory and a hub id.
+    """
+    if source in KNOWN_MODELS:
+        directory = home / "models" / source
+        return _known(source, directory) if _is_fetched(directory) else None
+    local = _local(source)
+    if local is not None:
+        return local
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(_hub_repository(source), "config.json")
+    return _of_hub(source, Path(config).parent) if isinstance(config, str) else None
+
+
+def _known(alias: str, directory: Path) -> LocatedModel:
+    names = _fetched_names(directory)
+    return LocatedModel(directory, alias, names, _hub_id(names) or os.path.abspath(directory))
+
+
+def _local(source: str) -> LocatedModel | None:
     path = Path(source).expanduser()
-    if path.is_dir():
-        names = _fetched_names(path)
-        reference = _hub_id(names) or os.path.abspath(path)
-        return LocatedModel(path, path.resolve().name, names | names_of_directory(source), reference)
+    if not path.is_dir():
+        return None
+    names = _fetched_names(path)
+    reference = _hub_id(names) or os.path.abspath(path)
+    return LocatedModel(path, path.resolve().name, names | names_of_directory(source), reference)
+
+
+def _of_hub(repository: str, directory: Path) -> LocatedModel:
+    return LocatedModel(directory, repository, frozenset((repository,)), repository)
+
+
+def _hub_repository(source: str) -> str:
     if _HUB_ID.fullmatch(source):
-        return LocatedModel(_fetch_from_hub(source), source, frozenset((source,)), source)
+        return source
     aliases = ", ".join(sorted(KNOWN_MODELS))
     raise ModelError(f"{source!r} is not a directory, a hub id (org/name) or an alias ({aliases})")
 

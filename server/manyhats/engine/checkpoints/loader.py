@@ -21,19 +21,16 @@ from manyhats.engine.checkpoints.checkpoint import (
     check_quantization_config,
     check_tensors,
     read_json,
-    weight_files,
 )
 from manyhats.engine.checkpoints.fetch import locate_model
-from manyhats.engine.checkpoints.identity import FileDigests, content_digest
+from manyhats.engine.checkpoints.found import FoundCheckpoint, find_checkpoint
+from manyhats.engine.checkpoints.identity import FileDigests
 from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
-from manyhats.engine.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings
 from manyhats.engine.checkpoints.stacked import with_experts_apart
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.describe import describe
-from manyhats.engine.model.families.reading import read_family
-from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear, Weights
 from manyhats.engine.progress import Progress, no_progress
@@ -131,7 +128,7 @@ def load_model(
     home = default_home() if home is None else home
     located = locate_model(source, home, progress)
     digests = FileDigests(home / "digests")
-    found = _find(located.directory, max_context_length, digests)
+    found = find_checkpoint(located.directory, max_context_length, digests)
     usual = usual_quantization(
         found.family.architecture, is_stored_nf4=check_quantization_config(found.config)
     )
@@ -168,28 +165,6 @@ def load_model(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A checkpoint's directory, parsed files, the architecture it describes, and the digest of config and weights."""
-
-    directory: Path
-    config: Mapping[str, Any]
-    sentences: SentenceSettings
-    family: Family
-    digest: str
-
-
-def _find(directory: Path, max_context_length: int | None, digests: FileDigests) -> _Found:
-    config_file = directory / "config.json"
-    config = read_json(config_file)
-    sentences = read_sentence_settings(directory)
-    family = read_family(config, max_context_length)
-    if max_context_length is None and sentences.max_length is not None:
-        family = read_family(config, min(sentences.max_length, family.architecture.max_context_length))
-    digest = content_digest([config_file, *weight_files(directory)], digests)
-    return _Found(directory, config, sentences, family, digest)
-
-
 def usual_quantization(architecture: Architecture, *, is_stored_nf4: bool) -> Quantization:
     """That of ``auto``."""
     is_large = architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4
@@ -197,7 +172,7 @@ def usual_quantization(architecture: Architecture, *, is_stored_nf4: bool) -> Qu
 
 
 def _read_tensors(
-    found: _Found, quantization: Quantization, cache: Nf4Cache, progress: Progress
+    found: FoundCheckpoint, quantization: Quantization, cache: Nf4Cache, progress: Progress
 ) -> Mapping[str, Tensor]:
     """The checked tensors of a checkpoint: as they are, or with NF4 linears, from the cache if it has them."""
     quantizes = quantization == "nf4" and not check_quantization_config(found.config)
@@ -221,7 +196,7 @@ def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) and not has_form_of_path(name) else ()
 
 
-def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefaults:
+def _generation_defaults(found: FoundCheckpoint, tokenizer: Tokenizer) -> GenerationDefaults:
     """EOS ids from ``generation_config.json``, else ``config.json``; plus the tokenizer's, which any file may name."""
     path = found.directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
@@ -236,7 +211,7 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
     return GenerationDefaults(eos_token_ids=ids | own)
 
 
-def _pooling(found: _Found) -> Pooling:
+def _pooling(found: FoundCheckpoint) -> Pooling:
     """How texts are pooled: as the model's files say, else the mean, or a decoder's last row."""
     default = Pooling.LAST if found.family.architecture.head is not None else Pooling.MEAN
     return found.sentences.pooling or default

@@ -77,6 +77,17 @@ class Nf4Cache:
             _LOG.warning("the cached NF4 weights are damaged and will be rebuilt: %s", error)
             return None
 
+    def check(self, checkpoint_digest: str) -> bool:
+        """Whether there is an entry, with the bytes that were stored.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        entry = self.path(checkpoint_digest)
+        if entry.is_dir():
+            self._verify(entry)
+        return entry.is_dir()
+
     def _verify(self, entry: Path) -> None:
         manifest = read_json(entry / MANIFEST_FILE)
         weights = entry / WEIGHTS_FILE

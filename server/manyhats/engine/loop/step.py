@@ -6,19 +6,15 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
-from manyhats.engine.backends.plan import int32
-from manyhats.engine.backends.wants import NO_TARGETS, Outcome, Targets, Wants, check_ids
+from manyhats.engine.backends.wants import Outcome, check_ids
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
@@ -28,11 +24,12 @@ from manyhats.engine.errors import (
     RequestFailedError,
     is_out_of_memory,
 )
-from manyhats.engine.loop.job import Answer, Event, Job, Want
+from manyhats.engine.loop.job import Event, Job, Want
+from manyhats.engine.loop.parts import Part, answers_of, wants_of
 from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.loop.watch import Allowance
 from manyhats.engine.output import StepStats
-from manyhats.engine.sampling.sampler import check_row, choices_of
+from manyhats.engine.sampling.sampler import check_row
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
@@ -55,33 +52,6 @@ class StepResult:
     events: tuple[Event, ...]
     stats: StepStats | None
     is_stuck: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """A chunk of the step, its logit rows [first, end) or hidden rows, and what its job wants from them."""
-
-    chunk: Chunk
-    job: Job[Any]
-    first: int
-    end: int
-    hidden: slice
-    want: Want
-
-    @property
-    def own_rows(self) -> range:
-        """Those of its sequence's own tokens."""
-        return range(self.first, self.end - len(self.chunk.drafts))
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it has rows of either kind; committing the step changes what its chunk says of that."""
-        return self.end > self.first or self.hidden.stop > self.hidden.start
-
-    @property
-    def choosing_rows(self) -> range:
-        """Those that choose a token."""
-        return range(self.end - len(self.want.samples), self.end)
 
 
 class Step:
@@ -170,7 +140,8 @@ class Step:
             parts = self._parts(schedule, events)
             self._fill_prefixes(schedule)
             logits = self._model.forward(plan, self._cache, self._adapters)
-            outcome = logits.finish(self._wants(parts)).result()
+            wants = wants_of(list(self._live(parts)), self._vocab_size)
+            outcome = logits.finish(wants).result()
             is_computed = True
             self._commit(schedule, parts, outcome, events)
         except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
@@ -218,16 +189,16 @@ class Step:
         else:
             self._emit(job, output, events)
 
-    def _parts(self, schedule: Schedule, events: list[Event]) -> list[_Part]:
+    def _parts(self, schedule: Schedule, events: list[Event]) -> list[Part]:
         """The step's chunks, and what their jobs want from each."""
-        parts: list[_Part] = []
+        parts: list[Part] = []
         first = first_hidden = 0
         jobs = [self._jobs[chunk.sequence.id] for chunk in schedule.chunks]
         for chunk, job in zip(schedule.chunks, jobs, strict=True):
             end = first + chunk.num_logit_rows
             end_hidden = first_hidden + chunk.num_result_rows - chunk.num_logit_rows
             hidden = slice(first_hidden, end_hidden)
-            parts.append(_Part(chunk, job, first, end, hidden, self._want(job, chunk, events)))
+            parts.append(Part(chunk, job, first, end, hidden, self._want(job, chunk, events)))
             first, first_hidden = end, end_hidden
         return parts
 
@@ -245,21 +216,9 @@ class Step:
                 events.append(self._failed(job, error))
         return Want()
 
-    def _wants(self, parts: Seq[_Part]) -> Wants:
-        """The remaining jobs' wants combined, in the order of their rows."""
-        live = list(self._live(parts))
-        samples = [row for part in live for row in part.want.samples]
-        choosing_rows = [at for part in live for at in part.choosing_rows]
-        vocab_size = max((part.want.vocab_size or 0 for part in live), default=0)
-        return Wants(
-            choices=choices_of(samples, choosing_rows, max(vocab_size, self._vocab_size)),
-            targets=_targets([part for part in live if part.want.target_ids]),
-            whole=int32([row for part in live if part.want.whole for row in range(part.first, part.end)]),
-        )
-
-    def _commit(self, schedule: Schedule, parts: Seq[_Part], outcome: Outcome, events: list[Event]) -> None:
+    def _commit(self, schedule: Schedule, parts: Seq[Part], outcome: Outcome, events: list[Event]) -> None:
         """Advance every sequence of the step; a row with bad logits ends only its own job, a draft's none."""
-        answers = _answers(self._live(parts), outcome)
+        answers = answers_of(self._live(parts), outcome)
         for part, _ in answers:
             if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(part.own_rows):
                 events.append(self._fail(part.job, NumericalError("the logits are not finite")))
@@ -276,7 +235,7 @@ class Step:
             else:
                 self._emit(job, output, events)
 
-    def _live(self, parts: Iterable[_Part]) -> Iterator[_Part]:
+    def _live(self, parts: Iterable[Part]) -> Iterator[Part]:
         """Those whose job has not ended in the meantime; one job may have several."""
         return (part for part in parts if part.job.id in self._jobs)
 
@@ -355,43 +314,6 @@ def _newness(sequence: Sequence) -> tuple[bool, bool, float]:
     return sequence.is_internal, not sequence.is_continuation, sequence.arrival
 
 
-def _targets(parts: Seq[_Part]) -> Targets:
-    """Those of parts that have some."""
-    if not parts:
-        return NO_TARGETS
-    return Targets(
-        rows=_int64(part.first + row for part in parts for row in part.want.target_rows),
-        ids=_int64(token_id for part in parts for token_id in part.want.target_ids),
-        num_top=np.repeat(
-            _int64(part.want.num_top for part in parts), [len(part.want.target_ids) for part in parts]
-        ),
-    )
-
-
-def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answer]]:
-    """Each part's share of the joint outcome."""
-    tokens, targets = iter(outcome.tokens), iter(outcome.targets)
-    answers: list[tuple[_Part, Answer]] = []
-    num_whole = 0
-    for part in parts:
-        num_rows = part.end - part.first if part.want.whole else 0
-        chosen = [next(tokens) for _ in part.want.samples]
-        answer = Answer(
-            tokens=chosen[: _num_finite(part.choosing_rows, outcome.bad_rows)],
-            targets=[(token_id, next(targets)) for token_id in part.want.target_ids],
-            whole=outcome.whole[num_whole : num_whole + num_rows],
-            hidden=outcome.hidden[part.hidden],
-        )
-        answers.append((part, answer))
-        num_whole += num_rows
-    return answers
-
-
-def _num_finite(rows: range, bad_rows: AbstractSet[int]) -> int:
-    """How many of these rows come before the first bad one."""
-    return next((index for index, row in enumerate(rows) if row in bad_rows), len(rows))
-
-
 def _stats(schedule: Schedule, duration_s: float) -> StepStats:
     num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
     return StepStats(
@@ -404,10 +326,6 @@ def _stats(schedule: Schedule, duration_s: float) -> StepStats:
         prefix_cache_queries=schedule.prefix_cache_queries,
         prefix_cache_hits=schedule.prefix_cache_hits,
     )
-
-
-def _int64(values: Iterable[int]) -> npt.NDArray[np.int64]:
-    return np.fromiter(values, dtype=np.int64)
 
 
 def _unexpected(error: Exception, *job_ids: str) -> EngineError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -39,14 +39,15 @@ class _Waiter:
 
     record: AdapterRecord
     lowered: LoweredAdapter | None
+    priority: int = 0
     leased: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
 
 
 class AdapterLoading:
     """``AdapterResidency`` for an event loop, on which everything here is called unless stated otherwise.
 
-    While others are being loaded, or memory is full of adapters in use, requests for one that is not in memory wait,
-    first come, first served; all that wait for the same adapter get it together. No thread waits with them. What is
+    While others are being loaded, or memory is full of adapters in use, requests for one that is not in memory wait, by
+    priority and then by arrival; all that wait for the same adapter get it together. No thread waits with them. What is
     far is fetched before it queues to be loaded, so that nobody whose adapter is near waits for a network.
 
     Args:
@@ -60,7 +61,7 @@ class AdapterLoading:
         self._fetchers = background_threads(MAX_FETCHES, "adapter-fetcher")
         self._fetches: dict[str, _Fetch] = {}
         self._threads = background_threads(MAX_LOADS, "adapter-loader")
-        self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
+        self._queue: dict[str, dict[_Waiter, None]] = {}  # by digest, in order of arrival
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -80,15 +81,19 @@ class AdapterLoading:
         """Whether a request for this version is waiting; callable from any thread."""
         return self._names[record.name] > 0
 
-    async def lease(self, record: AdapterRecord) -> Lease:
+    async def lease(self, record: AdapterRecord, priority: int = 0) -> Lease:
         """Lease an adapter for a request; cancel the call to stop waiting.
+
+        Args:
+            record: the version.
+            priority: the request's.
 
         Raises:
             AdapterError: it cannot be loaded.
             DrainingError: no more adapters are loaded.
         """
         with self._counted(record):
-            return await self._lease(record, None, None)
+            return await self._lease(record, None, None, priority)
 
     async def warm(
         self, record: AdapterRecord, lowered: LoweredAdapter | None = None, *, max_wait_s: float
@@ -142,13 +147,19 @@ class AdapterLoading:
                 del self._names[record.name]
 
     async def _lease(
-        self, record: AdapterRecord, lowered: LoweredAdapter | None, max_wait_s: float | None
+        self,
+        record: AdapterRecord,
+        lowered: LoweredAdapter | None,
+        max_wait_s: float | None,
+        priority: int = 0,
     ) -> Lease:
         lease = self.residency.lease(record, None)
         if lease is None:
             if lowered is None:
                 await self._fetched(record)
-            lease = self._begun(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
+            lease = self._begun(record, lowered)
+        if lease is None:
+            lease = await self._queued(_Waiter(record, lowered, priority), max_wait_s)
         try:
             await outlived(asyncio.wrap_future(lease.adapter.loaded))
         except asyncio.CancelledError:
@@ -218,9 +229,10 @@ class AdapterLoading:
                 self._loop.call_soon_threadsafe(self._serve)
 
     def _serve(self) -> None:
-        """Start loads for those who have waited longest."""
+        """Start loads for those who are first by priority, and of these have waited longest."""
         while self._queue:
-            digest, waiters = next(iter(self._queue.items()))
+            digest = max(self._queue, key=self._priority)  # the first of several
+            waiters = self._queue[digest]
             while waiters:
                 waiter = next(iter(waiters))
                 if not waiter.leased.done():
@@ -230,6 +242,10 @@ class AdapterLoading:
                     waiter.leased.set_result(lease)
                 del waiters[waiter]
             del self._queue[digest]
+
+    def _priority(self, digest: str) -> int:
+        """The highest of those who wait for an adapter."""
+        return max(waiter.priority for waiter in self._queue[digest])
 
     def _give_up_cancelled(self, record: AdapterRecord, filling: Future[None]) -> None:
         if filling.cancelled():

@@ -89,8 +89,11 @@ class TaskLimits:
         num_free = max(0, self._num_seats - self._num_seated)
         if num_running <= _RUNNING_PER_FREE_SEAT * num_free:
             return False
-        if len(self._shares) == 1:
-            return may_come
+        return may_come if len(self._shares) == 1 else self.exceeds_share(sequence)
+
+    def exceeds_share(self, sequence: Sequence) -> bool:
+        """Whether its task runs on more than its share of all seats, beside others."""
+        num_running = 0 if sequence.is_internal else self._num_running.get(sequence.task, 0)
         return num_running * self._all_shares > self._num_seats * sequence.entitlement.share
 
     def started(self, sequence: Sequence) -> None:

@@ -213,6 +213,10 @@ class Queue:
         self._limits.stopped(sequence)
         self._turns.release()
 
+    def exceeds_share(self, sequence: Sequence) -> bool:
+        """Whether a sequence's task runs on more than its share of all seats."""
+        return self._limits.exceeds_share(sequence)
+
     def charge(self, sequence: Sequence, start: int, end: int) -> None:
         """Count tokens [start, end) of a sequence, which have been computed, for its task."""
         if not sequence.is_internal:

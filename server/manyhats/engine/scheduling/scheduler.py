@@ -84,6 +84,7 @@ class Scheduler:
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._admissions = Admissions(config, allocator, self._prefixes)
         self.rate = FinishRate(clock=clock)  # of requests' sequences
+        self._has_put_off = False
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
 
@@ -188,6 +189,8 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
+        # Not two steps in a row: nobody's tokens wait for long.
+        self._has_put_off = not self._has_put_off and step.put_off(self._queue.exceeds_share)
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()

@@ -104,6 +104,21 @@ class Step:
             or all(self.rank(sequence) < self.rank(other) for other in self._bulk)
         )
 
+    def put_off(self, exceeds_share: Callable[[Sequence], bool]) -> bool:
+        """Leave out what tasks run beyond their shares, if it is most of the step and the prompt of another begins.
+
+        A first token then waits for few rows. Returns whether anything was left out; it runs in the next step.
+        """
+        left_out = {chunk for chunk in self.chunks if exceeds_share(chunk.sequence)}
+        kept = [chunk for chunk in self.chunks if chunk not in left_out]
+        if 2 * sum(chunk.is_decode for chunk in left_out) <= self._num_decodes or all(
+            chunk.is_decode or chunk.is_bulk or chunk.sequence.is_internal for chunk in kept
+        ):
+            return False
+        self.chunks = kept
+        self._num_decodes = sum(chunk.is_decode for chunk in kept)
+        return True
+
     def run_bulk(self) -> None:
         """Give bulk sequences what they get, once the others have theirs."""
         budget = self._bulk_budget()

@@ -38,6 +38,7 @@ class FollowedFiles(Generic[T]):
         # Taken before reading, so that a change in between is noticed.
         self._stamp = self._current_stamp()
         self._value = read()
+        self._is_outdated = False
 
     @property
     def current(self) -> T:
@@ -49,13 +50,21 @@ class FollowedFiles(Generic[T]):
                 self._reload()
             return self._value
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether they have changed and could not be read: then ``current`` is what they were."""
+        self.current  # noqa: B018 - looks whether they have changed
+        return self._is_outdated
+
     def _reload(self) -> None:
         names = [path.name for path in self._paths]
         try:
             self._value = self._read()
         except ConfigError as error:
+            self._is_outdated = True
             _log.error("files not reloaded; the old content stays", files=names, reason=str(error))
         else:
+            self._is_outdated = False
             _log.info("files reloaded", files=names)
 
     def _current_stamp(self) -> _Stamp:

@@ -210,6 +210,11 @@ class ServerTls:
         """What a connection that starts now uses. Thread-safe."""
         return self._loaded.current
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the files have changed and cannot be used: then they count as what they were."""
+        return self._loaded.is_outdated
+
     async def follow_expiry(self, period_s: float = 60.0) -> None:
         """Warn about certificates that have expired or soon will; cancel to stop."""
         while True:
@@ -217,16 +222,25 @@ class ServerTls:
             await asyncio.sleep(period_s)
 
     def _load(self) -> Identity:
-        files = self._files
-        http = _http_context(files)  # also checks that key and certificate belong together
-        key, certificate = _read(files.key, "tls_key"), _read(files.certificate, "tls_cert")
-        validities = [_validity_of("tls_cert", certificate)]
-        authorities = None
-        if files.client_ca is not None:
-            authorities = _read(files.client_ca, "tls_client_ca")
-            validities.append(_validity_of("tls_client_ca", authorities))
-        self._warnings.look(validities)
-        return Identity(key, certificate, authorities, http, tuple(validities))
+        identity = read_identity(self._files)
+        self._warnings.look(identity.validities)
+        return identity
+
+
+def read_identity(files: TlsFiles) -> Identity:
+    """The content of the files.
+
+    Raises:
+        ConfigError: one cannot be read, or the key does not match the certificate.
+    """
+    http = _http_context(files)  # also checks that key and certificate belong together
+    key, certificate = _read(files.key, "tls_key"), _read(files.certificate, "tls_cert")
+    validities = [_validity_of("tls_cert", certificate)]
+    authorities = None
+    if files.client_ca is not None:
+        authorities = _read(files.client_ca, "tls_client_ca")
+        validities.append(_validity_of("tls_client_ca", authorities))
+    return Identity(key, certificate, authorities, http, tuple(validities))
 
 
 def _http_context(files: TlsFiles) -> ssl.SSLContext:

@@ -96,6 +96,11 @@ class Tokens:
 
     _entries: tuple[_Entry, ...]
 
+    @property
+    def callers(self) -> tuple[Caller, ...]:
+        """The holders of all tokens."""
+        return tuple(entry.caller for entry in self._entries)
+
     def caller(self, token: str) -> Caller | None:
         """The holder of ``token``; None if it is unknown."""
         digest = token_digest(token)
@@ -115,7 +120,12 @@ class TokenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._tokens = FollowedFiles([path], lambda: parse_tokens(_read(path), path.name))
+        self._tokens = FollowedFiles([path], lambda: read_tokens(path))
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the file has changed and cannot be read: then tokens are those that it had."""
+        return self._tokens.is_outdated
 
     def caller(self, token: str) -> Caller | None:
         """The holder of ``token``; None if it is unknown."""
@@ -147,6 +157,15 @@ class TokenFile:
         if caller is None:
             raise CredentialInvalidError
         return caller
+
+
+def read_tokens(path: Path) -> Tokens:
+    """The tokens of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a token file.
+    """
+    return parse_tokens(_read(path), path.name)
 
 
 class _EntryModel(BaseModel):

@@ -18,7 +18,7 @@ from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
 from manyhats.server.grpc.answers import answering, send
 from manyhats.server.grpc.messages import SMALL_BYTES, Unread, check_readable, readable, tolerant
-from manyhats.server.grpc.status import status_of
+from manyhats.server.grpc.status import retry_metadata, status_of
 from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Call, Calls
 from manyhats.server.service.text_threads import TextThreads
@@ -191,7 +191,9 @@ def _unread(refuse: Any) -> Handler:
 
 
 async def _abort(error: Exception, context: Context) -> None:
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+    status = rpc_status.to_status(status_of(error))
+    metadata = (*status.trailing_metadata, *retry_metadata(error, context.time_remaining()))
+    await context.abort(status.code, status.details, metadata)
 
 
 def _aborting(error: ServerError) -> Handler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
@@ -24,6 +26,8 @@ _MAX_MESSAGE_BYTES = 1000
 _MAX_METADATA_BYTES = 256
 # Of what is unavailable: nobody knows for how long.
 _RETRY_S = 1.0
+# Known to gRPC's clients, which do not read ``RetryInfo``.
+_PUSHBACK = "grpc-retry-pushback-ms"
 
 
 def grpc_code(reason: Reason) -> grpc.StatusCode:
@@ -84,11 +88,34 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.field, error.description),)
         case adapter.ArgumentInvalidError():
             return (_bad_request(error.subject, error.description),)
-        case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
-            return (_retry_info(error.retry_after_s),)
-        case engine.NoMemoryError() | adapter.QuotaExceededError(retry_after_s=float()):
-            return (_retry_info(error.retry_after_s or 0.0),)
-    return (_retry_info(_RETRY_S),) if reason_of(error).code == "UNAVAILABLE" else ()
+    seconds = _retry_s(error)
+    return () if seconds is None else (_retry_info(seconds),)
+
+
+def retry_metadata(error: Exception, left_s: float | None) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata beside the status: when gRPC's clients are to try again by themselves, in milliseconds.
+
+    −1 says never: waiting would not help, or would last longer than the ``left_s`` of the call's deadline.
+    """
+    seconds = _retry_s(error)
+    if seconds is None:
+        return ((_PUSHBACK, "-1"),) if reason_of(error).code == "RESOURCE_EXHAUSTED" else ()
+    is_late = left_s is not None and seconds >= left_s
+    return ((_PUSHBACK, "-1" if is_late else str(math.ceil(seconds * 1000))),)
+
+
+def _retry_s(error: Exception) -> float | None:
+    """When the same call may succeed; None if waiting does not help."""
+    match error:
+        case (
+            engine.QueueFullError()
+            | engine.AdapterCapacityError()
+            | engine.NoMemoryError()
+            | service.BusyError()
+            | adapter.QuotaExceededError()
+        ):
+            return error.retry_after_s
+    return _RETRY_S if reason_of(error).code == "UNAVAILABLE" else None
 
 
 def _retry_info(seconds: float) -> RetryInfo:

@@ -40,6 +40,8 @@ class Connection(HttpToolsProtocol):
     """
 
     limits = ConnectionLimits()
+    num_refused = 0
+    """Connections that were closed since there were too many; each port has a class, and so a number, of its own."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room for a connection, or close it."""
@@ -50,9 +52,11 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = True
         super().connection_made(transport)
         _send_at_once(transport)
-        if len(self.connections) > self.limits.max_connections and not self._close_an_idle_one():
-            transport.abort()
-            return
+        if len(self.connections) > self.limits.max_connections:
+            type(self).num_refused += 1
+            if not self._close_an_idle_one():
+                transport.abort()
+                return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

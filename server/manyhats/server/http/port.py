@@ -50,10 +50,13 @@ class HttpPort:
         except OSError as error:
             raise AddressError("HTTP", join_host_port(host, port)) from error
         self.address = join_host_port(host, self._socket.getsockname()[1])
+        self._connection: type[Connection] = type(
+            "_Connection", (Connection,), {"limits": limits or ConnectionLimits()}
+        )
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=type("_Connection", (Connection,), {"limits": limits or ConnectionLimits()}),
+                http=self._connection,
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -68,6 +71,21 @@ class HttpPort:
             )
         )
         self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def num_connections(self) -> int:
+        """Those that are open."""
+        return len(self._server.server_state.connections)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose answers are not complete."""
+        return len(self._server.server_state.tasks)
+
+    @property
+    def num_refused(self) -> int:
+        """Connections that were closed as there were too many, so far."""
+        return self._connection.num_refused
 
     async def start(self) -> None:
         """Answer requests."""

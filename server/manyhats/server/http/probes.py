@@ -15,11 +15,11 @@ from urllib.parse import parse_qs
 
 from anyio import to_thread
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from manyhats.server.observability.exposition import exposition
 from manyhats.server.service.gate import Gate, ServingState
 
 if TYPE_CHECKING:
@@ -81,12 +81,9 @@ class Scrape:
 
     def answer(self, registry: CollectorRegistry) -> tuple[dict[str, str], bytes]:
         """Headers and body; takes milliseconds in proportion to the number of series."""
-        try:
-            encode, content_type = choose_encoder(self.accept)
-        except (TypeError, ValueError):  # a version that is not a number
-            encode, content_type = choose_encoder("text/plain")
         wanted: Any = registry.restricted_registry(self.names) if self.names else registry
-        body, headers = encode(wanted), {"Content-Type": content_type}
+        content_type, body = exposition(wanted, self.accept)
+        headers = {"Content-Type": content_type}
         if "gzip" in self.accept_encoding:
             body, headers["Content-Encoding"] = gzip.compress(body, compresslevel=1), "gzip"
         return headers, body

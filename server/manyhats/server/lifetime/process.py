@@ -130,14 +130,15 @@ class _Process:
             stack.callback(self._close_store)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
             if tls is not None:
-                self._metrics.attach_tls(tls)
                 stack.enter_context(running(tls.follow_expiry()))
             tokens = None if self._config.token_file is None else TokenFile(self._config.token_file)
+            self._metrics.attach_files(tls, tokens)
             metrics = self._metrics_port(tls)
             if metrics is not None:
                 metrics.start()
                 stack.callback(metrics.stop)
             http = self._http_port(tls, tokens)
+            self._metrics.attach_http(http)
             await http.start()
             stack.push_async_callback(http.stop, 1.0)
             grpc_port = self._grpc_port(tls, tokens)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.errors import StoreConfigError
+from manyhats.adapters.errors import StoreConfigError, StoreMissingError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
@@ -106,11 +106,19 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     )
 
 
-def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterStore:
-    """The store that the settings name, for adapters of ``base``.
+def open_adapter_store(
+    config: ServeConfig, base: BaseDescription | None, *, only_looks: bool = False
+) -> AdapterStore:
+    """The store that the settings name, for adapters of ``base``; None for maintenance only.
+
+    Args:
+        config: the settings.
+        base: the resident base.
+        only_looks: neither make a store that is missing nor remove what a crash left.
 
     Raises:
         ConfigError: its settings are inconsistent.
+        StoreMissingError: there is none, and none is to be made.
         AdapterError: it cannot be opened.
     """
     try:
@@ -124,7 +132,11 @@ def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterSto
             quotas=config.quotas,
             cache_directory=config.store_cache or default_home() / "store-cache",
             cache_max_bytes=config.store_cache_bytes,
+            create=not only_looks,
+            sweep=not only_looks,
         )
+    except StoreMissingError:
+        raise
     except StoreConfigError as error:
         setting = _STORE_SETTINGS.get(error.subject, error.subject)
         raise ConfigError(setting, error.description) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,14 +16,15 @@ from manyhats.server.observability.gauges import gauge, single
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
-    from manyhats.server.access.tls import ServerTls
     from manyhats.server.service.backend import Backend
+    from manyhats.server.service.store_health import StoreHealth
 
-_DAY_S = 86_400
+_VERSION = version("manyhats")
 
 _LIVE = (
+    "manyhats_ready",
     "manyhats_adapters",
-    "manyhats_tls_certificate_expiry_days",
+    "manyhats_build_info",
     "manyhats_requests_running",
     "manyhats_requests_waiting",
     "manyhats_kv_cache_usage_ratio",
@@ -31,6 +33,8 @@ _LIVE = (
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
     "manyhats_store_usable",
+    "manyhats_store_last_success_timestamp_seconds",
+    "manyhats_store_failures_total",
     "manyhats_adapter_pinned",
     "manyhats_adapter_pinned_bytes",
     "manyhats_adapter_evictions_total",
@@ -43,7 +47,7 @@ class LiveMetrics:
 
     def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
         self.backend: Backend | None = None
-        self.tls: ServerTls | None = None
+        self.is_ready: Callable[[], bool] = lambda: False
         self._versions = versions
         self._labels = labels
         self._clock = clock
@@ -56,25 +60,22 @@ class LiveMetrics:
     def collect(self) -> Iterator[Metric]:
         """All gauges; those of the engine once there is one."""
         backend, records = self.backend, self._versions.records()
+        yield single(
+            "manyhats_ready", "Whether a request would be served, as /readyz says.", float(self.is_ready())
+        )
         states = Tally(record.state for record in records)
         counts = [((state.name.lower(),), states[state]) for state in AdapterState]
         yield gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
-        if self.tls is not None:
-            yield self._expiry_gauge(self.tls)
         if backend is None:
             yield gateway.adapter_gauge(0, (), (), (), self._clock())
             return
         tiers = backend.engine.adapter_tiers()
         residents = [(record, tiers[record.digest]) for record in records if record.digest in tiers]
         placed = (record for record, tier in residents if tier is Tier.DEVICE)
+        yield _build_info(backend)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
-        yield gauge(
-            "manyhats_store_usable",
-            "Whether the store can be used: its catalogue, and to read and write adapters.",
-            ["use"],
-            [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
-        )
+        yield from _store_metrics(backend.store_health)
         pinned = backend.engine.pinned_digests()
         yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         evictions = CounterMetricFamily(
@@ -111,19 +112,6 @@ class LiveMetrics:
             "manyhats_engine_heartbeat_timestamp_seconds", "When the engine last turned.", stats.heartbeat_s
         )
 
-    def _expiry_gauge(self, tls: ServerTls) -> Metric:
-        """In days, not in seconds, as certificates are counted."""
-        now_s = self._clock()
-        values = [
-            ((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.current.validities
-        ]
-        return gauge(
-            "manyhats_tls_certificate_expiry_days",
-            "Days until the first certificate of a file expires; negative once it has.",
-            ["file"],
-            values,
-        )
-
     def _resident_gauge(self, residents: Iterable[tuple[AdapterRecord, Tier]]) -> Metric:
         counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
         values = list(counts.items())
@@ -133,3 +121,32 @@ class LiveMetrics:
         counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
         values = [((label,), count) for label, count in counts.items()]
         return gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)
+
+
+def _build_info(backend: Backend) -> Metric:
+    """1, with what is running here as its labels."""
+    info = backend.info
+    values = (_VERSION, info.name, info.quantization, info.device)
+    labels = ["version", "base", "quantization", "device"]
+    return gauge("manyhats_build_info", "The server's version and its base model.", labels, [(values, 1)])
+
+
+def _store_metrics(store: StoreHealth) -> Iterator[Metric]:
+    yield gauge(
+        "manyhats_store_usable",
+        "Whether the store can be used: its catalogue, and to read and write adapters.",
+        ["use"],
+        [((use,), float(is_usable)) for use, is_usable in store.usable.items()],
+    )
+    yield gauge(
+        "manyhats_store_last_success_timestamp_seconds",
+        "When it last could; since then, other servers' changes are not seen, if the use is the catalogue.",
+        ["use"],
+        [((use.value,), when_s) for use, when_s in store.last_success_s.items()],
+    )
+    failures = CounterMetricFamily(
+        "manyhats_store_failures", "Looks at the store that failed or did not return.", labels=["use"]
+    )
+    for use, count in store.num_failures.items():
+        failures.add_metric([use.value], count)
+    yield failures

@@ -12,10 +12,13 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.output import StepOutput, StepStats, Usage
 from manyhats.engine.residency.tiers import Tier
 from manyhats.server.observability.live import LiveMetrics
+from manyhats.server.observability.ports import HttpConnections, PortMetrics
+from manyhats.server.observability.task_histogram import TaskHistogram, TaskSeries
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
     from manyhats.server.access.tls import ServerTls
+    from manyhats.server.access.tokens import TokenFile
     from manyhats.server.service.backend import Backend
 
 # Seconds. The first bounds suit a tiny model, the last a long queue.
@@ -28,6 +31,7 @@ _LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 _TURN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _COMPILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_LENGTH_BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -46,20 +50,25 @@ class Metrics:
         self._requests = self._counter(
             "requests", "Calls, by task, RPC and status code.", "task", "method", "code"
         )
-        self._request_seconds = self._histogram(
-            "request_seconds",
-            "Generate, GenerateStream and Score, first to last byte.",
-            _REQUEST_BUCKETS,
-            "task",
+        self._request_seconds = self._by_task(
+            "request_seconds", "Generate, GenerateStream and Score, first to last byte.", _REQUEST_BUCKETS
         )
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS, "task"
+        self._first_token = self._by_task(
+            "time_to_first_token_seconds", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS
         )
-        self._inter_token = self._histogram(
-            "inter_token_seconds", "Between two tokens of one request.", _INTER_TOKEN_BUCKETS, "task"
+        self._inter_token = self._by_task(
+            "inter_token_seconds", "Between two tokens of one request.", _INTER_TOKEN_BUCKETS
         )
-        self._queue = self._histogram(
-            "queue_seconds", "From acceptance to the first step.", _QUEUE_BUCKETS, "task"
+        self._queue = self._by_task("queue_seconds", "From acceptance to the first step.", _QUEUE_BUCKETS)
+        self._generations = self._counter(
+            "generations", "Generations that ended well, by task and why they ended.", "task", "finish_reason"
+        )
+        # Not by task: what memory and batches are sized by, and lengths by task are known on average.
+        self._prompt_lengths = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of one request that began.", _LENGTH_BUCKETS
+        )
+        self._output_lengths = self._histogram(
+            "request_generated_tokens", "Tokens of one generation that ended well.", _LENGTH_BUCKETS
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.", "task")
         self._generated_tokens = self._counter("generated_tokens", "Tokens generated.", "task")
@@ -72,7 +81,7 @@ class Metrics:
         self._encoded_tokens = self._counter(
             "tokens_encoded", "Tokens of texts that were read, counted when the call ends.", "task"
         )
-        self._of_tokens: dict[str, tuple[Counter, Histogram]] = {}  # label → series that exist
+        self._of_tokens: dict[str, tuple[Counter, TaskSeries]] = {}  # label → series that exist
         self._turn_seconds = self._histogram(
             "event_loop_turn_seconds",
             "One turn of the event loop, which sends nothing else meanwhile.",
@@ -81,7 +90,9 @@ class Metrics:
         self._add_engine_metrics()
         self._add_adapter_metrics()
         self._live = LiveMetrics(self._versions, self._labels, clock)
+        self._ports = PortMetrics()
         self.registry.register(self._live)
+        self.registry.register(self._ports)
         ProcessCollector(registry=self.registry)
 
     def _add_engine_metrics(self) -> None:
@@ -123,36 +134,52 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"manyhats_{name}", help_text, labels, buckets=buckets, registry=self.registry)
 
+    def _by_task(self, name: str, help_text: str, buckets: Sequence[float]) -> TaskHistogram:
+        histogram = TaskHistogram(f"manyhats_{name}", help_text, buckets)
+        self.registry.register(histogram)
+        return histogram
+
+    def attach_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Let a gauge show whether a request would be served; asked in any thread."""
+        self._live.is_ready = is_ready
+
     def attach(self, backend: Backend) -> None:
         """Let gauges show this backend's engine from now on."""
         self._live.backend = backend
 
-    def attach_tls(self, tls: ServerTls) -> None:
-        """Let a gauge show how long these certificates are valid from now on."""
-        self._live.tls = tls
+    def attach_files(self, tls: ServerTls | None, tokens: TokenFile | None) -> None:
+        """Let gauges show the state of these files from now on."""
+        self._ports.tls, self._ports.tokens = tls, tokens
+
+    def attach_http(self, http: HttpConnections) -> None:
+        """Let gauges show this port's connections from now on."""
+        self._ports.http = http
 
     def call_finished(self, method: str, task_id: str | None, code: str, seconds: float | None) -> None:
         """Count a call that ended; ``task_id`` is None for calls about no task, ``seconds`` is None if not measured."""
         label = "" if task_id is None else self._labels.label(task_id)
         self._requests.labels(label, method, code).inc()
         if seconds is not None:
-            self._request_seconds.labels(label).observe(seconds)
+            self._request_seconds.series(label).observe(seconds)
 
     def output(self, task_id: str, output: StepOutput, *, since_s: float, is_first: bool) -> None:
         """Count a generation's output; ``since_s`` is when the previous one came, or when the request was accepted."""
         label, num_tokens, waited_s = self._labels.label(task_id), len(output.tokens), output.time_s - since_s
         generated, inter_token = self._of_tokens.get(label) or self._series_of_tokens(label)
         generated.inc(num_tokens)
+        if output.finish_reason is not None:
+            self._generations.labels(label, output.finish_reason.value).inc()
+            self._output_lengths.observe(output.usage.generated_tokens)
         if is_first:
             self._began(label, output.usage)
-            self._first_token.labels(label).observe(waited_s)
+            self._first_token.series(label).observe(waited_s)
             return
-        for _ in range(num_tokens):
-            inter_token.observe(waited_s / num_tokens)
+        if num_tokens:
+            inter_token.observe(waited_s / num_tokens, num_tokens)
 
-    def _series_of_tokens(self, label: str) -> tuple[Counter, Histogram]:
+    def _series_of_tokens(self, label: str) -> tuple[Counter, TaskSeries]:
         """What every token is counted in; found once, as it takes longer than counting."""
-        series = self._generated_tokens.labels(label), self._inter_token.labels(label)
+        series = self._generated_tokens.labels(label), self._inter_token.series(label)
         self._of_tokens[label] = series
         return series
 
@@ -173,8 +200,9 @@ class Metrics:
         self._encoded_tokens.labels(self._labels.label(task_id)).inc(usage.prompt_tokens)
 
     def _began(self, label: str, usage: Usage) -> None:
-        self._queue.labels(label).observe(usage.queue_s)
+        self._queue.series(label).observe(usage.queue_s)
         self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
+        self._prompt_lengths.observe(usage.prompt_tokens)
 
     def step(self, stats: StepStats) -> None:
         """Count a step of the engine."""
@@ -208,13 +236,16 @@ class Metrics:
             self._labels.add(task_id)
             return
         self._labels.remove(task_id)
-        by_task = (self._requests, self._request_seconds, self._first_token, self._inter_token, self._queue)
-        tokens = (
+        for counter in (
+            self._requests,
+            self._generations,
             self._prompt_tokens,
             self._generated_tokens,
             self._draft_tokens,
             self._accepted_draft_tokens,
-        )
-        for metric in (*by_task, *tokens):
-            metric.remove_by_labels({"task": task_id})
+            self._encoded_tokens,
+        ):
+            counter.remove_by_labels({"task": task_id})
+        for histogram in (self._request_seconds, self._first_token, self._inter_token, self._queue):
+            histogram.remove(task_id)
         self._of_tokens.pop(task_id, None)

@@ -17,7 +17,7 @@ from manyhats.engine.errors import FieldInvalidError, NoMemoryError, is_out_of_m
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import Caller
 from manyhats.server.service.errors import UnexpectedError
-from manyhats.server.service.gate import Gate
+from manyhats.server.service.gate import Gate, ServingState
 from manyhats.server.service.reasons import is_expected, reason_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Calls:
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self.gate = gate
         self.metrics = metrics
+        metrics.attach_readiness(lambda: gate.state is ServingState.READY)
 
     @contextmanager
     def observed(self, call: Call) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from enum import Enum
@@ -32,10 +33,17 @@ class StoreUse(Enum):
 
 
 class StoreHealth:
-    """Why the store cannot be used, by use; thread-safe. The server serves what it has in memory whatever is lost."""
+    """Why the store cannot be used, by use; thread-safe. The server serves what it has in memory whatever is lost.
 
-    def __init__(self) -> None:
+    Args:
+        clock: wall time, for those who ask when the store last worked.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._problems: dict[StoreUse, str] = {}
+        self._last_success_s = dict.fromkeys(StoreUse, clock())  # it has just been opened
+        self._num_failures = dict.fromkeys(StoreUse, 0)
         self._hanging: set[StoreUse] = set()
         self._num_working = 0
         self._lock = Lock()
@@ -55,6 +63,18 @@ class StoreHealth:
     def usable(self) -> dict[str, bool]:
         """Whether it can be used, for each use."""
         return {use.value: use not in self.problems for use in StoreUse}
+
+    @property
+    def last_success_s(self) -> dict[StoreUse, float]:
+        """When a look at it last succeeded, by the clock on the wall."""
+        with self._lock:
+            return dict(self._last_success_s)
+
+    @property
+    def num_failures(self) -> dict[StoreUse, int]:
+        """How many looks at it have failed or hung, so far."""
+        with self._lock:
+            return dict(self._num_failures)
 
     def is_hanging(self, *uses: StoreUse) -> bool:
         """Whether a look at one of these uses does not return."""
@@ -82,6 +102,7 @@ class StoreHealth:
         with self._lock:
             was_lost = self._problems.pop(use, None) is not None
             self._hanging.discard(use)
+            self._last_success_s[use] = self._clock()
         if was_lost:
             _log.info("store works again", use=use.value)
 
@@ -92,6 +113,8 @@ class StoreHealth:
         with self._lock:
             was_lost = use in self._problems
             self._problems[use] = text
+            if use not in self._hanging:  # else that look has been counted
+                self._num_failures[use] += 1
             self._hanging.discard(use)
         if not was_lost:
             bug = None if isinstance(error, AdapterError) else error

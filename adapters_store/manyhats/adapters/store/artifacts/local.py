@@ -33,6 +33,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.artifacts.storage import NamedDigests, Swept
 
+ARTIFACTS = "artifacts"
+"""The directory of a store that has them."""
 _NAME = re.compile(r"[0-9a-f]{64}")
 _MODE = 0o444  # of every file: published ones never change
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,7 +63,7 @@ class LocalArtifacts:
 
     def __init__(self, root: Path, limits: AdapterLimits) -> None:
         self._root = root
-        self._artifacts = root / "artifacts"
+        self._artifacts = root / ARTIFACTS
         self._staging = root / "staging"
         self._claim_file = root / "catalogue-id"
         self._is_claimed = False
@@ -105,6 +107,19 @@ class LocalArtifacts:
                 os.write(descriptor, bytes(_TRIED_BYTES))
             finally:
                 os.close(descriptor)
+
+    def try_out(self) -> None:
+        """Write a file in staging, as a publication would, read and delete it."""
+        content, path = uuid.uuid4().bytes, self._staging / uuid.uuid4().hex
+        with self._use.shared(), store_errors():
+            self._check_there()
+            try:
+                write_file(path, content, _MODE)
+                found = path.read_bytes()
+            finally:
+                path.unlink(missing_ok=True)
+        if found != content:
+            raise StoreUnavailableError("store", "does not have what was written to it")
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock shared."""

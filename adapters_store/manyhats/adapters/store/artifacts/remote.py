@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +38,8 @@ from manyhats.adapters.store.artifacts.storage import NamedDigests, Swept
 
 # How long after its publication began a copy may be relied on, by its publisher or another.
 _FRESH_S = 30 * 60.0
+MAX_CLOCK_DIFFERENCE_S = 5 * 60.0
+"""Between the processes of a store: much less than that, by which copies are judged."""
 
 
 def open_remote_artifacts(
@@ -58,7 +61,7 @@ class RemoteArtifacts:
         objects: the store's own prefix.
         limits: how much ``read`` loads into memory at most.
         cache: keeps local copies; None for none.
-        clock: unix time, seconds. Clocks of the store's processes may differ by a few minutes.
+        clock: unix time, seconds. Clocks of the store's processes may differ by ``MAX_CLOCK_DIFFERENCE_S``.
     """
 
     is_far = True
@@ -94,6 +97,16 @@ class RemoteArtifacts:
 
     def check_writes(self) -> None:
         """Does nothing: only writing an object would tell more than ``check_reads``."""
+
+    def try_out(self) -> None:
+        """Write, read, list and delete an object under ``trials``."""
+        content, name = uuid.uuid4().bytes, f"trials/{uuid.uuid4().hex}"
+        self._objects.write(name, content)
+        found = self._objects.read(name, len(content))
+        is_listed = name in self._objects.sizes("trials")
+        self._objects.delete([name])
+        if found != content or not is_listed:
+            raise StoreUnavailableError("store", "does not have what was written to it")
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: see the module."""

@@ -64,6 +64,13 @@ class ArtifactStorage(Protocol):
             StoreError: none can.
         """
 
+    def try_out(self) -> None:
+        """Write, read and remove something that is no artifact, in a place that nothing else looks at.
+
+        Raises:
+            StoreError: one of these is impossible, or what is read is not what was written.
+        """
+
     def publishing(self) -> AbstractContextManager[None]:
         """Hold off removals, from before ``publish`` until the rows that name the artifacts are committed."""
 

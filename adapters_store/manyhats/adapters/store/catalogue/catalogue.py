@@ -45,14 +45,16 @@ class Catalogue:
     Args:
         url: ``sqlite:////directory/catalogue.db`` in an existing directory,
             ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
+        create: create missing tables; otherwise they are an error.
 
     Raises:
         StoreConfigError: the URL is not one of these, or its tables are of another version of this software.
+        StoreMissingError: it has none, and none are to be created.
         StoreUnavailableError: the database cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
-        self._database = CatalogueDatabase(url)
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        self._database = CatalogueDatabase(url, create=create)
         self._index = CatalogueIndex()
         # This process changes the index in the order in which it reads the tables.
         self._lock = threading.Lock()
@@ -68,6 +70,18 @@ class Catalogue:
     def catalogue_id(self) -> str:
         """Identifies these tables; random, made with them."""
         return self._database.catalogue_id
+
+    def check_writes(self) -> None:
+        """Check that the tables can be written, without changing them.
+
+        Raises:
+            StoreError: they cannot.
+        """
+        self._database.check_writes()
+
+    def clock_difference_s(self) -> float | None:
+        """Seconds that the database server's clock is ahead of this machine's; None if there is no server."""
+        return self._database.clock_difference_s()
 
     def resolve(self, name: TaskName) -> AdapterRecord:
         """The version a name refers to: the one it gives, or the active one.
@@ -93,6 +107,10 @@ class Catalogue:
     def has_digest(self, digest: str) -> bool:
         """Whether any version of any task has a digest."""
         return self._index.has_digest(digest)
+
+    def task_ids(self) -> frozenset[str]:
+        """The tasks that have a version."""
+        return self._index.task_ids()
 
     def pinned(self) -> list[AdapterRecord]:
         """The versions that are to stay in memory."""

@@ -20,7 +20,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
-from manyhats.adapters.errors import StoreConfigError, StoreError, StoreFullError, StoreUnavailableError
+from manyhats.adapters.errors import (
+    StoreConfigError,
+    StoreError,
+    StoreFullError,
+    StoreMissingError,
+    StoreUnavailableError,
+)
 from manyhats.adapters.store.catalogue.tables import CATALOGUE, METADATA, SCHEMA_VERSION
 
 IN_MEMORY = "sqlite://"
@@ -61,6 +67,7 @@ class CatalogueDatabase:
 
     Args:
         url: ``sqlite:////directory/catalogue.db``, ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
+        create: create missing tables; otherwise they are an error.
 
     Attributes:
         catalogue_id: identifies these tables; random, made with them.
@@ -68,10 +75,11 @@ class CatalogueDatabase:
 
     Raises:
         StoreConfigError: the URL is not supported, or the tables are of another version of this software.
+        StoreMissingError: there are none, and none are to be created.
         StoreUnavailableError: the database cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         parsed = _parse(url)
         self._writers = _create_engine(parsed)
         self._readers = self._writers.execution_options(**_READER_OPTIONS[parsed.get_backend_name()])
@@ -81,8 +89,10 @@ class CatalogueDatabase:
         self._file: tuple[int, int] | None = None
         self._file_lock = threading.Lock()
         try:
+            if self._path is not None and not create and not os.path.exists(self._path):
+                raise _missing()  # connecting would create it
             with _database_errors(), self._writers.begin() as connection:
-                self.catalogue_id = _open_schema(connection)
+                self.catalogue_id = _open_schema(connection, create=create)
             self._require_file()
         except BaseException:
             self.close()
@@ -103,6 +113,24 @@ class CatalogueDatabase:
             counted = update(CATALOGUE).values(generation=CATALOGUE.c.generation + 1)
             generation = connection.execute(counted.returning(CATALOGUE.c.generation)).scalar_one()
             yield WriteTransaction(connection, generation)
+
+    def check_writes(self) -> None:
+        """Write, and take it back: nobody sees anything of it.
+
+        Raises:
+            StoreError: nothing can be written.
+        """
+        with contextlib.suppress(_TakenBackError), self.write():
+            raise _TakenBackError
+
+    def clock_difference_s(self) -> float | None:
+        """Seconds that the database server's clock is ahead of this machine's; None if there is no server."""
+        if self._writers.dialect.name != "postgresql":
+            return None
+        with self.read() as connection:
+            before_s = time.time()
+            theirs = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+            return float(theirs) - (before_s + time.time()) / 2
 
     def close(self) -> None:
         """Close all connections."""
@@ -219,11 +247,21 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def _open_schema(connection: Connection) -> str:
-    """Create the tables if missing; returns the catalogue's id."""
+class _TakenBackError(Exception):
+    """Ends a transaction without a trace."""
+
+
+def _missing() -> StoreMissingError:
+    return StoreMissingError(_SUBJECT, "has no tables of a store yet")
+
+
+def _open_schema(connection: Connection, *, create: bool) -> str:
+    """Create the tables if missing and asked to; returns the catalogue's id."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
     is_new = not inspect(connection).has_table(CATALOGUE.name)
+    if is_new and not create:
+        raise _missing()
     # Also what earlier versions of this software, which ignore it, did not have.
     METADATA.create_all(connection)
     if is_new:

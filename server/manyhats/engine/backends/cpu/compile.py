@@ -29,12 +29,13 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cache_directory() -> Path:
-    return default_home() / "kernels" / _source_digest()
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: where Numba's own variable says, else in the home, apart for each source."""
+    configured = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(configured) if configured else default_home() / "kernels" / _source_digest()
 
 
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba_config.CACHE_DIR = str(_cache_directory())
+numba_config.CACHE_DIR = str(cache_directory())
 # One pool of OpenMP threads where the platform has it: its threads sleep between kernels.
 if "NUMBA_THREADING_LAYER" not in os.environ:
     numba_config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]

@@ -43,6 +43,15 @@ def has_instructions() -> bool:
     return _HAS_AVX2
 
 
+def instructions_used() -> str:
+    """Which of them the kernels are made of, for people."""
+    if _HAS_DOT:
+        return "AVX512-VNNI"
+    if _HAS_HALF_DOT:
+        return "AVX-VNNI"
+    return "AVX512-BW" if HAS_WIDE else "AVX2"
+
+
 def splat(kind: Any, value: Any) -> ir.Constant:
     """The same number in every lane."""
     return ir.Constant(kind, [value] * kind.count)

@@ -1,0 +1,1 @@
+"""``manyhats doctor``: what would keep a server from working."""

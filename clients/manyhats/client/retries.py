@@ -1,0 +1,46 @@
+"""Which calls are tried again by themselves, and when: a service config, which gRPC carries out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+# A refusal, too busy or full, did nothing: whatever was asked may be asked again. A server that cannot be reached, or
+# went away, may have done it.
+_REFUSED: Final = ("RESOURCE_EXHAUSTED",)
+_REFUSED_OR_GONE: Final = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+
+# Doing these twice is as good as once; registrations have a request id.
+_REPEATABLE: Final[tuple[dict[str, str], ...]] = (
+    {"service": "manyhats.v1.GenerationService"},
+    {"service": "manyhats.v1.EncodingService"},
+    {"service": "manyhats.v1.ServerService"},
+    *(
+        {"service": "manyhats.v1.AdapterService", "method": method}
+        for method in ("GetAdapter", "ListAdapters", "RegisterAdapter", "UploadAdapter")
+    ),
+)
+
+
+def _policy(*codes: str) -> dict[str, Any]:
+    # The times are for servers that name none: ours says when in ``grpc-retry-pushback-ms``, or not to come back.
+    return {
+        "maxAttempts": 4,
+        "initialBackoff": "0.2s",
+        "maxBackoff": "5s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": codes,
+    }
+
+
+SERVICE_CONFIG: Final = json.dumps(
+    {
+        "methodConfig": [
+            {"name": _REPEATABLE, "retryPolicy": _policy(*_REFUSED_OR_GONE)},
+            {"name": [{"service": "manyhats.v1.AdapterService"}], "retryPolicy": _policy(*_REFUSED)},
+        ],
+        # No more is tried again once 500 more attempts to this server failed than succeeded, by all clients here.
+        "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
+    }
+)
+"""Streams are tried again until their first message comes, uploads until they are accepted."""
