@@ -16,6 +16,8 @@ SHOWN = {
     "project/architecture": ROOT / "ARCHITECTURE.md",
     "project/changelog": ROOT / "CHANGELOG.md",
     "project/examples": ROOT / "examples/README.md",
+    "project/kubernetes": ROOT / "deploy/kubernetes/README.md",
+    "reference/typescript-client": ROOT / "clients/typescript/README.md",
 }
 # Pages that end in what the sources say.
 GENERATED: Mapping[str, Callable[[], str]] = {
