@@ -13,7 +13,7 @@ import pytest
 
 from manyhats.cli.main import app
 from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2, server_pb2
-from references import command_line, openapi, protos
+from references import command_line, openapi, protos, versions
 from references.docstrings import readable
 from references.pages import DOCS, GENERATED, SHOWN, page
 
@@ -95,6 +95,14 @@ def test_the_reference_of_commands_has_every_command_and_flag() -> None:
     assert "```console\n$ manyhats adapters activate sql@2\n```" in text
     assert "[bold]" not in text
     assert not re.search(r"\[/?[a-z]+\]", re.sub(r"`[^`]*`|```.*?```", "", text, flags=re.DOTALL))
+
+
+def test_the_list_of_versions_says_the_lowest_and_the_usual_ones() -> None:
+    text = versions.markdown()
+    assert re.search(r"^\| `grpcio` \| >=1\.\d+\.\d+ \| 1\.\d+\.\d+ \|$", text, re.MULTILINE)
+    assert "## The server: `[server]`" in text
+    assert re.search(r"^\| `torch` \|", text, re.MULTILINE)
+    assert not re.search(r"\| {2}\|$", text, re.MULTILINE)
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from references import command_line, openapi, protos
+from references import command_line, openapi, protos, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -24,6 +24,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/command-line": command_line.markdown,
     "reference/grpc": protos.markdown,
     "reference/openapi": openapi.markdown,
+    "reference/versions": versions.markdown,
 }
 # Stands in the index for the pages that nobody put into a group.
 _OTHERS = "OTHER PAGES"
