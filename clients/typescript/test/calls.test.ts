@@ -16,9 +16,11 @@ let url: string;
 let seen: { method: string; headers: Headers }[] = [];
 let refusals: ConnectError[] = [];
 let hangUps = 0;
+let onCall = () => {};
 
 function note(method: string, headers: Headers): void {
   seen.push({ method, headers });
+  onCall();
   if (hangUps > 0) {
     hangUps -= 1;
     sockets.forEach((socket) => socket.destroy());
@@ -66,6 +68,7 @@ afterEach(() => {
   seen = [];
   refusals = [];
   hangUps = 0;
+  onCall = () => {};
 });
 
 async function withClient<T>(use: (client: ManyhatsClient) => Promise<T>, token?: string): Promise<T> {
@@ -137,11 +140,15 @@ test("a call whose connection breaks is repeated, if it changes nothing", async 
   hangUps = 1;
   await assert.rejects(withClient((client) => client.adapters.registerAdapter({ taskId: "sql", uri: "sql" })));
   assert.equal(seen.length, 3);
+});
+
+test("a call that its caller has aborted is not repeated", async () => {
+  const caller = new AbortController();
+  onCall = () => caller.abort();
   hangUps = 1;
-  await assert.rejects(
-    withClient((client) => client.score("a", ["b"], { signal: AbortSignal.timeout(50) })),
-    { code: Code.Canceled },
-  );
+  const call = withClient((client) => client.score("a", ["b"], { signal: caller.signal }));
+  await assert.rejects(call, { code: Code.Canceled });
+  assert.equal(seen.length, 1);
 });
 
 test("what the server cancels is not repeated", async () => {
