@@ -37,7 +37,7 @@ help:
 	@echo "make soak     keep a server busy with many tasks for ten minutes, and see that it stays as it was; SOAK_MINUTES=30"
 	@echo "make churn    end 100,000 requests in every way, and see that nothing is left of any; CHURN_REQUESTS=1000"
 	@echo "make simulate  a million simulated requests for 10,000 tasks on the real scheduler; SIMULATED_REQUESTS=10000"
-	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
+	@echo "make conformance  run LangChain's tests, other frameworks, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code, docs/openapi.json, docs/models.md and the dashboard"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table; BENCH_ARGS=--quick"
@@ -89,7 +89,9 @@ test-slow: setup
 
 # One test at a time: each starts servers that keep the processors busy.
 test-deploy: setup $(DOCS_STAMP)
+	scripts/need_postgresql.sh
 	scripts/need_chromium.sh
+	scripts/need_proxies.sh
 	scripts/need_prometheus.sh
 	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
 
