@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 import write_models
 from manyhats.cli.main import app
@@ -25,7 +28,9 @@ IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} | {".ci"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 INLINE = re.compile(r"`([^`\n]+)`")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ANCHORED = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Made by the commands that the text is about, not part of a clone.
 MADE = ("examples/data/", "benchmarks/results/")
 
@@ -53,6 +58,36 @@ def test_every_path_and_link_is_in_a_clone(document: Path) -> None:
     missing = {link for link in links if not (document.parent / link).exists()}
     missing |= {path for path in paths_in(text) if not (ROOT / path).exists()}
     assert missing == set()
+
+
+def anchors_of(document: Path) -> set[str]:
+    """Anchors of the headings, as code hosts and the site make them."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    headings = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in HEADING.findall(text)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_link_to_a_heading_finds_it(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    lost = set()
+    for path, anchor in ANCHORED.findall(text):
+        target = document.parent / path if path else document
+        if "://" not in path and target.suffix == ".md" and anchor not in anchors_of(target):
+            lost.add(f"{path}#{anchor}")
+    assert lost == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_block_of_code_can_be_read(document: Path) -> None:
+    """Python compiles, data parses; shells' lines are looked at above, and what calls a server is run elsewhere."""
+    for kind, block in FENCE.findall(document.read_text(encoding="utf-8")):
+        if kind == "python":
+            compile(block, str(document), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif kind == "json":
+            json.loads(block)
+        elif kind == "yaml":
+            yaml.safe_load(block)
 
 
 def commands_in(text: str) -> list[list[str]]:

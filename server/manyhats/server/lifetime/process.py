@@ -20,6 +20,7 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
+from manyhats.engine.threads.apart import in_thread
 from manyhats.engine.threads.openmp import in_own_thread
 from manyhats.server.access.addresses import is_loopback
 from manyhats.server.access.errors import ServerError
@@ -33,6 +34,7 @@ from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.exporting import open_tracing
 from manyhats.server.lifetime.hang import end_at_once, end_when_hung
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
@@ -57,6 +59,7 @@ EXIT_BY_SIGNAL = 128
 """Plus the signal's number: the signal came before the server was ready."""
 # How long loading, compiling or the engine's step may take to end before it is abandoned.
 _STOP_LIMIT_S = 0.8
+_EXPORT_LIMIT_S = 2.0  # of the last spans
 _MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
 # Events that progress bars also show, and whose lines would cut through them.
@@ -87,8 +90,8 @@ async def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Process-wide: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    process = _Process(config, assemble or _open_backend, show_progress)
     try:
+        process = _Process(config, assemble or _open_backend, show_progress)
         code = await process.run()
         if process.is_held_up:
             end_at_once(code)
@@ -117,7 +120,8 @@ class _Process:
         # More than the engine accepts, so that it is the engine that reports a full queue.
         max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
-        self._calls = Calls(self._gate, self._metrics)
+        self._tracing = open_tracing()
+        self._calls = Calls(self._gate, self._metrics, self._tracing)
         self._stop = StopSignals()
         self._store: AdapterStore | None = None
 
@@ -128,6 +132,7 @@ class _Process:
             if isinstance(loop, TimedLoop):
                 loop.on_turn = self._metrics.turn
             stack.callback(self._close_store)
+            stack.push_async_callback(self._close_tracing)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
             if tls is not None:
                 stack.enter_context(running(tls.follow_expiry()))
@@ -170,6 +175,12 @@ class _Process:
     def is_held_up(self) -> bool:
         """Whether threads that wait for the store are left, for which Python would wait as the process ends."""
         return self._gate.is_store_busy
+
+    async def _close_tracing(self) -> None:
+        """Export the last spans, unless whoever gets them takes long."""
+        if self._tracing is not None:
+            closing = asyncio.wrap_future(in_thread(self._tracing.close, "tracing"))
+            await asyncio.wait({closing}, timeout=_EXPORT_LIMIT_S)
 
     def _close_store(self) -> None:
         """Last: calls that end as the ports close may still use it."""

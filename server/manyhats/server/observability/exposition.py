@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from prometheus_client.core import Metric
@@ -13,22 +14,29 @@ from manyhats.server.observability.task_histogram import TaskMetric
 _END = b"# EOF\n"  # of OpenMetrics
 
 
-class _Collected(Collector):
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = metrics
+class _Only(Collector):
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
 
     def collect(self) -> Iterable[Metric]:
-        return self._metrics
+        return [self._metric]
 
 
 def exposition(collector: Collector, accept: str) -> tuple[str, bytes]:
-    """Content type and text of metrics, in the format that the header ``accept`` prefers; "" for Prometheus' own."""
+    """Content type and text of metrics, in the format that the header ``accept`` prefers; "" for Prometheus' own.
+
+    Made metric by metric, in under a millisecond each: other threads run in between.
+    """
     try:
         encode, content_type = choose_encoder(accept)
     except (TypeError, ValueError):  # a version that is not a number
         encode, content_type = choose_encoder("text/plain")
-    metrics = list(collector.collect())
-    others = encode(_Collected(metric for metric in metrics if not isinstance(metric, TaskMetric)))
-    by_task = "".join(metric.text() for metric in metrics if isinstance(metric, TaskMetric)).encode()
-    end = _END if others.endswith(_END) else b""
-    return content_type, others.removesuffix(end) + by_task + end
+    end = _END if content_type.startswith("application/openmetrics-text") else b""
+    parts = []
+    for metric in collector.collect():
+        if isinstance(metric, TaskMetric):
+            parts.append(metric.text())
+        else:
+            parts.append(encode(_Only(metric)).removesuffix(end))
+        time.sleep(0)
+    return content_type, b"".join(parts) + end

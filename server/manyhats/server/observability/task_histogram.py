@@ -111,10 +111,11 @@ class TaskMetric(Metric):
             yield Sample(f"{self.name}_count", task, counts[-1])
             yield Sample(f"{self.name}_sum", task, series.sum)
 
-    def text(self) -> str:
+    def text(self) -> bytes:
         """As both of Prometheus' text formats have it."""
         head = f"# HELP {self.name} {self.documentation}\n# TYPE {self.name} histogram\n"
-        return head + "".join(line for series in self._series.values() for line in series.lines())
+        lines = (line for series in self._series.values() for line in series.lines())
+        return "".join((head, *lines)).encode()
 
 
 def _shown(bound: float) -> str:
