@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What serving and training need, and what the developers' tools also need.
+# What serving and training need, what the developers' tools also need, and what the site alone needs.
 RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
 TORCH_ARGS ?=
 # For `make bench`, `make profile` and `make bench-peers`, such as --peers llama.cpp --rounds 5.
@@ -16,9 +17,9 @@ PEERS_ARGS ?=
 # what it compiled, every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
-SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
+SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts docs
 
-.PHONY: help setup run run-encoder test test-slow test-deploy test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-deploy test-floors test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi docs clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -27,6 +28,7 @@ help:
 	@echo "make test     set up, run the tests"
 	@echo "make test-slow  run the tests that take longest, which make test leaves out"
 	@echo "make test-deploy  test what stands around a server, on the programs themselves"
+	@echo "make test-floors  run most tests at the lowest versions that pyproject.toml allows"
 	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-adapterhub  compare adapters on encoders with AdapterHub's library, which it installs apart"
@@ -35,7 +37,7 @@ help:
 	@echo "make soak     keep a server busy with many tasks for ten minutes, and see that it stays as it was; SOAK_MINUTES=30"
 	@echo "make churn    end 100,000 requests in every way, and see that nothing is left of any; CHURN_REQUESTS=1000"
 	@echo "make simulate  a million simulated requests for 10,000 tasks on the real scheduler; SIMULATED_REQUESTS=10000"
-	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
+	@echo "make conformance  run LangChain's tests, other frameworks, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code, docs/openapi.json, docs/models.md and the dashboard"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table; BENCH_ARGS=--quick"
@@ -44,6 +46,7 @@ help:
 	@echo "make examples  train the example tasks again; prints how well they do"
 	@echo "make proto    regenerate the gRPC code"
 	@echo "make openapi  write docs/openapi.json anew"
+	@echo "make docs     build the site in build/docs, from the pages in docs/ and from the sources; needs no torch"
 
 $(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +58,12 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 
 $(STAMP): $(RUN_STAMP)
 	$(PIP_INSTALL) --editable '.[dev]'
+	$(BIN)/python scripts/protoc.py
+	@touch $@
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	test -e $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@
 
 setup: $(STAMP)
@@ -79,9 +88,15 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # One test at a time: each starts servers that keep the processors busy.
-test-deploy: setup
+test-deploy: setup $(DOCS_STAMP)
+	scripts/need_postgresql.sh
+	scripts/need_chromium.sh
+	scripts/need_proxies.sh
 	scripts/need_prometheus.sh
 	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
+
+test-floors: setup
+	cd tests && ../$(BIN)/python -m floors
 
 # Plain torch computes one row at a time. A file goes to one process, which computes its golden answers once.
 test-torch: setup
@@ -150,5 +165,10 @@ proto: $(STAMP)
 openapi: $(STAMP)
 	$(BIN)/python scripts/write_openapi.py
 
+# Warnings are errors, links that lead nowhere among them.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) .conformance .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .conformance .deploy .peers .protoc .mypy_cache .ruff_cache .pytest_cache .hypothesis

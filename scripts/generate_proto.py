@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from grpc_tools import protoc  # type: ignore[import-untyped]
+import protoc
 
 ROOT = Path(__file__).resolve().parent.parent / "proto"
 PACKAGE = Path("manyhats/v1")
@@ -29,14 +26,8 @@ def generate(out: Path) -> None:
         SystemExit: the compiler refused a file; it has said why on stderr.
     """
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).glob("*.proto"))
-    include = files("grpc_tools") / "_proto"
-    arguments = [f"--proto_path={ROOT}", f"--proto_path={include}"]
-    arguments += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    # The plugins behind mypy_out and mypy_grpc_out are scripts of this environment.
-    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
-    code = protoc.main(["protoc", *arguments, *sources])
-    if code != 0:
-        raise SystemExit(code)
+    kinds = ("python", "grpc_python", "mypy", "mypy_grpc")
+    protoc.run(ROOT, *(f"--{kind}_out={out}" for kind in kinds), sources=sources)
 
 
 def generated_files(root: Path) -> dict[str, str]:

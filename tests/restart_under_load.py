@@ -276,8 +276,8 @@ def _require(is_so: bool, complaint: str) -> None:
 
 
 def serve_command(file: Path, **settings: object) -> Sequence[str]:
-    """The server as a user runs it, on free ports; writes its settings into a file."""
-    content = {**settings, "grpc_port": 0, "http_port": 0, "log_format": "json"}
+    """The server as a user runs it, by default on free ports; writes its settings into a file."""
+    content = {"grpc_port": 0, "http_port": 0, "log_format": "json", **settings}
     file.write_text(json.dumps(content))
     return [sys.executable, "-m", "manyhats.cli", "serve", "--config", str(file)]
 

@@ -1,7 +1,8 @@
-"""What README and docs name is there: paths of a clone, commands and flags, make's targets; the image is safe."""
+"""What README and docs name is there: paths of a clone, commands and flags, make's targets."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -11,24 +12,25 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 import write_models
 from manyhats.cli.main import app
 from manyhats.engine.model.families.reading import FAMILIES, REFUSED
-from manyhats.server.access.errors import ConfigError
-from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.config_file import make_config
 from write_settings import with_tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += sorted(path for path in (ROOT / "examples").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "deploy").rglob("*.md"))
 DOCUMENTS += [ROOT / "clients" / "typescript" / "README.md"]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} | {".ci"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 INLINE = re.compile(r"`([^`\n]+)`")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ANCHORED = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Made by the commands that the text is about, not part of a clone.
 MADE = ("examples/data/", "benchmarks/results/")
 
@@ -56,6 +58,36 @@ def test_every_path_and_link_is_in_a_clone(document: Path) -> None:
     missing = {link for link in links if not (document.parent / link).exists()}
     missing |= {path for path in paths_in(text) if not (ROOT / path).exists()}
     assert missing == set()
+
+
+def anchors_of(document: Path) -> set[str]:
+    """Anchors of the headings, as code hosts and the site make them."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    headings = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in HEADING.findall(text)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_link_to_a_heading_finds_it(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    lost = set()
+    for path, anchor in ANCHORED.findall(text):
+        target = document.parent / path if path else document
+        if "://" not in path and target.suffix == ".md" and anchor not in anchors_of(target):
+            lost.add(f"{path}#{anchor}")
+    assert lost == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_block_of_code_can_be_read(document: Path) -> None:
+    """Python compiles, data parses; shells' lines are looked at above, and what calls a server is run elsewhere."""
+    for kind, block in FENCE.findall(document.read_text(encoding="utf-8")):
+        if kind == "python":
+            compile(block, str(document), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif kind == "json":
+            json.loads(block)
+        elif kind == "yaml":
+            yaml.safe_load(block)
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -108,26 +140,6 @@ def test_readme_says_where_files_are_kept() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "MANYHATS_HOME" in text
     assert "~/.cache/manyhats" in text
-
-
-def entry_point() -> dict[str, str | bool]:
-    """The flags that the image's server always has, as settings."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
-    (line,) = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
-    program, command, *words = json.loads(line)
-    assert (program, command) == ("manyhats", "serve")
-    flags = dict(zip(words[::2], words[1::2], strict=True))
-    assert flags.pop("--adapter-root")
-    return {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
-
-
-def test_the_image_does_not_serve_other_machines_unless_it_is_told_how_or_not_to_mind() -> None:
-    settings = entry_point()
-    with pytest.raises(ConfigError, match="needs --tls-cert and --tls-key and --token-file; or --insecure"):
-        make_config(settings)
-    secured = {"tls_cert": "/s/c.pem", "tls_key": "/s/c.key", "token_file": "/s/t.yaml"}
-    for more in ({"insecure": True}, secured):
-        assert isinstance(make_config({**settings, **more}), ServeConfig)
 
 
 def test_settings_are_listed_as_they_are_declared() -> None:

@@ -1,4 +1,4 @@
-"""The calls that README and docs/http.md show: they run as they stand, against a server of fakes."""
+"""The calls that README and docs show: they run as they stand, against a server of fakes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from manyhats.server.service.generations import Generations
 from support.fakes.server import make_record, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/http.md")
+DOCUMENTS = ("README.md", "docs/http.md", "docs/quickstart.md")
+OF_THE_CLIENT = ("README.md", "docs/quickstart.md", "docs/reference/python-client.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TASKS = ("sql", "pirate", "sentiment", "topics")
 # Those with a head, and its classes.
@@ -39,6 +40,15 @@ def programs() -> list[tuple[str, str]]:
         for name in DOCUMENTS
         for kind, text in blocks(name)
         if kind == "python" and "openai" in text
+    ]
+
+
+def client_programs() -> list[tuple[str, str]]:
+    return [
+        (name, text)
+        for name in OF_THE_CLIENT
+        for kind, text in blocks(name)
+        if kind == "python" and "manyhats.client" in text
     ]
 
 
@@ -62,8 +72,10 @@ def classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Generations, "classify", classify)
 
 
-def test_both_documents_have_calls() -> None:
-    assert {name for name, _ in programs()} == {name for name, _ in curls()} == set(DOCUMENTS)
+def test_the_documents_have_calls() -> None:
+    assert {name for name, _ in programs()} == set(DOCUMENTS[:2])
+    assert {name for name, _ in curls()} == set(DOCUMENTS)
+    assert {name for name, _ in client_programs()} == set(OF_THE_CLIENT)
 
 
 @pytest.mark.parametrize(("document", "program"), programs())
@@ -72,6 +84,24 @@ async def test_a_program_runs(document: str, program: str) -> None:
         for task in TASKS:
             server.store.tasks[task] = [make_record(task)]
         text = program.replace("127.0.0.1:8000", server.http)
+        assert text != program
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", text],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "How many customers live in Lisbon?" in done.stdout
+
+
+@pytest.mark.parametrize(("document", "program"), client_programs())
+async def test_a_program_of_the_client_runs(document: str, program: str) -> None:
+    async with running_server() as server:
+        server.store.tasks["sql"] = [make_record("sql")]
+        text = program.replace("127.0.0.1:50051", server.port.address)
         assert text != program
         done = await asyncio.to_thread(
             subprocess.run,

@@ -26,7 +26,7 @@ DEVELOPERS_TOOLS = {
     "atheris",
     "peft",
     "buf-bin",
-    "grpcio-tools",
+    "mypy-protobuf",
 }
 
 
@@ -62,6 +62,8 @@ def planned(target: str) -> str:
         ("soak", ["train", "dev"]),
         ("churn", ["train", "dev"]),
         ("simulate", ["train", "dev"]),
+        ("test-floors", ["train", "dev"]),
+        ("test-deploy", ["train", "dev", "docs"]),
     ],
 )
 def test_a_fresh_machine_gets_what_a_target_needs_under_constraints(target: str, extras: list[str]) -> None:
@@ -71,6 +73,13 @@ def test_a_fresh_machine_gets_what_a_target_needs_under_constraints(target: str,
     assert re.findall(r"--editable '\.\[([a-z]+)\]'", "\n".join(installs)) == extras
     assert installs[0].endswith(" torch")
     assert all("-c constraints.txt" in line for line in installs)
+
+
+def test_the_site_is_built_without_torch() -> None:
+    installs = [line for line in planned("docs").splitlines() if "pip install" in line]
+    assert re.findall(r"--editable '\.\[([a-z]+)\]'", "\n".join(installs)) == ["docs"]
+    assert all("-c constraints.txt" in line for line in installs)
+    assert not requirements_of("docs") & {"torch", "numpy", "transformers", "starlette"}
 
 
 def requirements_of(*extras: str) -> set[str]:

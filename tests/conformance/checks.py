@@ -16,6 +16,8 @@ from conformance.environments import HERE, node_of, offline, python_of
 from manyhats.client import Client
 
 SUITES = HERE / "suites"
+DOCUMENT = HERE.parents[1] / "docs" / "clients.md"
+QUESTION = "How many customers live in Lisbon?"
 _TIMEOUT_S = 900.0
 _TOLERANCE = 1e-5
 SENTIMENT = "sentiment"
@@ -67,7 +69,30 @@ def langchain(served: Served) -> str:
     command += ["--rootdir", str(SUITES), "--confcutdir", str(SUITES), "-c", "/dev/null"]
     said = _said([*command, str(SUITES / "langchain_chat.py")], served.variables())
     skipped = {line.rpartition(": ")[2] for line in said.splitlines() if line.startswith("SKIPPED")}
-    return f"{said.strip().splitlines()[-1]} ({' '.join(sorted(skipped))})"
+    example = documented("langchain", "langchain_openai")(served)
+    return f"{said.strip().splitlines()[-1]} ({' '.join(sorted(skipped))}); {example}"
+
+
+def documented(environment: str, package: str) -> Callable[[Served], str]:
+    """A check that the program in docs/clients.md that imports a package prints what the server answers.
+
+    The check raises ConformanceError if it prints something else.
+    """
+
+    def check(served: Served) -> str:
+        blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+        (program,) = (each for each in blocks if f"from {package}" in each)
+        python = python_of(environment)
+        variables = offline(LITELLM_LOCAL_MODEL_COST_MAP="True")  # else it would fetch prices
+        said = _said([str(python), "-c", program.replace("127.0.0.1:8000", served.http)], variables)
+        with Client(served.grpc) as client:
+            answer = client.generate(
+                [{"role": "user", "content": QUESTION}], task_id="sql", temperature=0, max_new_tokens=64
+            )
+        _require(QUESTION in program and said.strip() == answer.text.strip(), f"it printed {said!r}")
+        return f"the documented program prints {said.strip()!r}"
+
+    return check
 
 
 def lm_eval(served: Served) -> str:
@@ -186,6 +211,9 @@ def node(served: Served) -> str:
 
 CHECKS: Mapping[str, Callable[[Served], str]] = {
     "langchain": langchain,
+    "llama-index": documented("llama-index", "llama_index"),
+    "litellm": documented("litellm", "litellm"),
+    "inspect-ai": documented("inspect-ai", "inspect_ai"),
     "lm-eval": lm_eval,
     "guidellm": guidellm,
     "node": node,

@@ -87,7 +87,11 @@ CUSTOM: dict[str, dict[str, Any]] = {
         {"parentRefs": listed(of({"name": TEXT}, {"group": TEXT, "kind": TEXT})), "rules": listed(RULE)}
     ),
     "monitoring.coreos.com/v1 PodMonitor": of(
-        {"selector": of({"matchLabels": LABELS}), "podMetricsEndpoints": listed(SCRAPED)}
+        {
+            "jobLabel": TEXT,
+            "selector": of({"matchLabels": LABELS}),
+            "podMetricsEndpoints": listed(SCRAPED),
+        }
     ),
     "keda.sh/v1alpha1 ScaledObject": of(
         {

@@ -25,6 +25,7 @@ from support.factories.adapters import make_lora
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import load_tiny
 from support.harnesses.monitoring import DEPLOY, alerts, board_queries
+from support.servers.collector import Collector, running_collector
 from support.servers.prometheus import Prometheus, running_prometheus
 from support.servers.secure import make_pki
 
@@ -33,14 +34,16 @@ pytestmark = pytest.mark.deploy
 TASKS = [f"task-{index}" for index in range(6)]
 # Two adapters have room, so that tasks take turns in memory.
 LITTLE_MEMORY = "300KiB"
+LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server process, and what its callers show."""
+    """A server process, what its callers show, and where its traces go."""
 
     http: str
     token: str
+    collector: Collector
 
     def post(self, path: str, body: dict[str, Any]) -> int:
         """The status of an answer."""
@@ -72,17 +75,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--adapter-root", str(directory / "sources"), "--grpc-port", "0", "--http-port", "0"]
     command += ["--tls-cert", str(pki.files.certificate), "--tls-key", str(pki.files.key), "--http-insecure"]
     command += ["--token-file", str(tokens), "--adapter-memory-bytes", LITTLE_MEMORY, *registered]
-    path = os.pathsep.join(sys.path)
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OTEL_BSP_SCHEDULE_DELAY": "500"}
     with (
+        running_collector() as collector,
         (directory / "log").open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**environment, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address},
+        ) as process,
     ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line, (directory / "log").read_text()
-            yield Server(json.loads(line)["http"], token)
+            yield Server(json.loads(line)["http"], token, collector)
         finally:
             process.terminate()
 
@@ -93,7 +102,7 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with running_prometheus(tmp_path_factory.mktemp("prometheus"), server.http) as prometheus, load(server):
         prometheus.wait('up{job="manyhats"} == 1')
         prometheus.wait("increase(manyhats_generated_tokens_total[20s]) > 0")
-        time.sleep(10)  # rates need several scrapes, after the first of each series
+        time.sleep(5)  # rates need several scrapes, after the first of each series
         yield prometheus
 
 
@@ -130,8 +139,13 @@ def load(server: Server) -> Iterator[None]:
 
 @pytest.mark.parametrize("title", board_queries())
 def test_every_query_of_the_dashboard_returns_data(title: str, prometheus: Prometheus) -> None:
-    found = prometheus.ask(board_queries()[title])
-    assert any(math.isfinite(value) for _, value in found), f"{title}: {board_queries()[title]} gives {found}"
+    end_s = time.monotonic() + LIMIT_S
+    while True:
+        found = prometheus.ask(board_queries()[title])
+        if any(math.isfinite(value) for _, value in found):
+            return
+        assert time.monotonic() < end_s, f"{title}: {board_queries()[title]} gives {found}"
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize("name", alerts())
@@ -155,6 +169,18 @@ def test_gateways_series_are_not_kept_and_a_scrape_is_quick(prometheus: Promethe
     assert prometheus.ask('{__name__=~"manyhats_.*"}')
     ((_, seconds),) = prometheus.ask('max(max_over_time(scrape_duration_seconds{job="manyhats"}[20s]))')
     assert seconds < 1
+
+
+@pytest.mark.usefixtures("prometheus")
+def test_spans_tell_how_long_requests_waited_for_adapters_and_computed(server: Server) -> None:
+    spans = [told for name, told in server.collector.spans() if name.startswith("chat task-")]
+    parts = ("queue", "adapter_load", "prefill", "decode")
+    times = [[told[f"manyhats.{part}_ms"] for part in parts] for told in spans]
+    assert len(times) > 20
+    assert any(load_ms > 0 for _, load_ms, _, _ in times)  # memory is for fewer adapters than are asked
+    assert all(queue_ms >= load_ms for queue_ms, load_ms, _, _ in times)
+    assert all(prefill_ms > 0 for _, _, prefill_ms, _ in times)
+    assert any(decode_ms > 0 for *_, decode_ms in times)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mappi
 """Text, token ids, or a conversation (each turn a ``ChatMessage`` or ``{"role": …, "content": …}``)."""
 
 Continuation: TypeAlias = str | Sequence[int]
-"""What ``score`` scores: text, or token ids."""
+"""Text or token ids that ``score`` scores."""
 
 TextToRead: TypeAlias = (
     str | tuple[str, str] | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, Any]]
 )
-"""What ``embed`` and ``classify`` read: text, a pair of texts, token ids, or a conversation."""
+"""Text, a pair of texts, token ids, or a conversation that ``embed`` and ``classify`` read."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called, as a call progresses, with how much is done and how much there is: bytes of an upload, prompts of many."""

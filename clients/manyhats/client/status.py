@@ -12,8 +12,9 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from manyhats.client import errors
 
 _DETAILS_KEY = "grpc-status-details-bin"
-# What gRPC puts before the operating system's message, such as "Connection refused".
+# What gRPC puts before the operating system's message, such as "Connection refused"; older versions say "connect", too.
 _CONNECT_PREFIX = "Failed to connect to remote host: "
+_OLDER_PREFIX = "connect: "
 
 # What asyncio's gRPC says if a call ended while it was being written to.
 _LOST = "Internal error from Core"
@@ -127,7 +128,8 @@ def _explain(code: grpc.StatusCode, message: str, target: str) -> str:
     """What gRPC itself says, without a server's reason, reworded for a caller."""
     match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return f"cannot reach the server at {target}: {message.rpartition(_CONNECT_PREFIX)[2]}"
+            said = message.rpartition(_CONNECT_PREFIX)[2].removeprefix(_OLDER_PREFIX)
+            return f"cannot reach the server at {target}: {said}"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"the server at {target} did not finish in the time given: {message}"
         case grpc.StatusCode.INTERNAL if message == _LOST:

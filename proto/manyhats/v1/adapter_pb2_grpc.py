@@ -5,7 +5,7 @@ import warnings
 
 from manyhats.v1 import adapter_pb2 as manyhats_dot_v1_dot_adapter__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.75.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in manyhats/v1/adapter_pb2_grpc.py depends on'
+        + f' but the generated code in manyhats/v1/adapter_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class AdapterServiceStub:
+class AdapterServiceStub(object):
     """Registers adapters under task ids, and manages their versions.
 
     A task id matches ^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$. A request names a task's active version as "task", and
@@ -80,7 +80,7 @@ class AdapterServiceStub:
                 _registered_method=True)
 
 
-class AdapterServiceServicer:
+class AdapterServiceServicer(object):
     """Registers adapters under task ids, and manages their versions.
 
     A task id matches ^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$. A request names a task's active version as "task", and
@@ -223,7 +223,7 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class AdapterService:
+class AdapterService(object):
     """Registers adapters under task ids, and manages their versions.
 
     A task id matches ^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$. A request names a task's active version as "task", and

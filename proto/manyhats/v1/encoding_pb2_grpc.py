@@ -5,7 +5,7 @@ import warnings
 
 from manyhats.v1 import encoding_pb2 as manyhats_dot_v1_dot_encoding__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.75.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in manyhats/v1/encoding_pb2_grpc.py depends on'
+        + f' but the generated code in manyhats/v1/encoding_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class EncodingServiceStub:
+class EncodingServiceStub(object):
     """Reads texts in one pass: vectors, classes, entities, relevance. Nothing is generated.
 
     Errors are as those of GenerationService.
@@ -59,7 +59,7 @@ class EncodingServiceStub:
                 _registered_method=True)
 
 
-class EncodingServiceServicer:
+class EncodingServiceServicer(object):
     """Reads texts in one pass: vectors, classes, entities, relevance. Nothing is generated.
 
     Errors are as those of GenerationService.
@@ -131,7 +131,7 @@ def add_EncodingServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class EncodingService:
+class EncodingService(object):
     """Reads texts in one pass: vectors, classes, entities, relevance. Nothing is generated.
 
     Errors are as those of GenerationService.

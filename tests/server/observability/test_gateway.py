@@ -4,35 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
-from dataclasses import dataclass
-
-from prometheus_client import parser
 
 from manyhats.v1 import adapter_pb2
 from support.fakes.server import Running, running_server
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A replica, as the picker knows it after a scrape."""
-
-    base: str
-    num_running: float
-    num_waiting: float
-    kv_usage: float
-    block_size: int
-    num_blocks: int
-    max_adapters: int
-    running: frozenset[str]
-    waiting: frozenset[str]
-
-    def affinity(self, model: str) -> float:
-        """The score of the picker's ``lora-affinity-scorer``."""
-        if model in self.running:
-            return 1.0
-        if len(self.running) + len(self.waiting) < self.max_adapters:
-            return 0.8
-        return 0.6 if model in self.waiting else 0.0
+from support.harnesses.picker import Endpoint, read_endpoint
 
 
 async def scraped(server: Running) -> Endpoint:
@@ -40,31 +15,7 @@ async def scraped(server: Running) -> Endpoint:
         with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=5) as answer:
             return str(answer.read().decode())
 
-    samples = {}
-    for family in parser.text_string_to_metric_families(await asyncio.to_thread(get)):
-        for sample in family.samples:
-            if sample.name.startswith("vllm:"):
-                assert sample.name not in samples, "the picker takes any one of several series"
-                samples[sample.name] = sample
-    adapters = samples["vllm:lora_requests_info"].labels
-    config = samples.get("vllm:cache_config_info")
-    gauges = [
-        samples.get(f"vllm:{name}")
-        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-    ]
-    bases = {each.labels["model_name"] for each in [*gauges, config] if each is not None}
-    assert len(bases) <= 1
-    return Endpoint(
-        next(iter(bases), ""),
-        *(-1.0 if each is None else each.value for each in gauges),
-        int(config.labels["block_size"]) if config else 0,
-        int(config.labels["num_gpu_blocks"]) if config else 0,
-        int(adapters["max_lora"]),
-        *(
-            frozenset(name.strip() for name in adapters[f"{state}_lora_adapters"].split(",") if name)
-            for state in ("running", "waiting")
-        ),
-    )
+    return read_endpoint(await asyncio.to_thread(get))
 
 
 async def register(server: Running, task_id: str, uri: str) -> None:

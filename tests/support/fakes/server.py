@@ -69,6 +69,7 @@ from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
 
 if TYPE_CHECKING:
+    from manyhats.server.observability.tracing import Tracing
     from manyhats.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
     from manyhats.v1.encoding_pb2_grpc import EncodingServiceAsyncStub
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
@@ -641,6 +642,7 @@ async def running_server(
     needs_certificate: bool = False,
     body_limit_s: float = 30.0,
     head_limit_s: float = 10.0,
+    tracing: Tracing | None = None,
     **limits: Any,
 ) -> AsyncIterator[Running]:
     """A server on fakes and free ports; with ``is_open`` false it is still loading. ``limits`` are the gRPC port's."""
@@ -650,7 +652,7 @@ async def running_server(
     if is_open:
         metrics.attach(backend)
         gate.open(backend)
-    calls = Calls(gate, metrics)
+    calls = Calls(gate, metrics, tracing)
     around = Surroundings(
         calls=calls,
         answers=Answers(unread_limit_s=limits.get("unread_limit_s", 60.0)),

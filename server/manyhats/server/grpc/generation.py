@@ -38,7 +38,9 @@ class GenerationService:
         """Generate one answer, or several, and send them whole."""
         asked = await self._request(request, call)
         answers: defaultdict[int, list[StepOutput]] = defaultdict(list)
-        async with aclosing(self._generations.generate_several(asked, _num_sequences(request))) as outputs:
+        async with aclosing(
+            self._generations.generate_several(call, asked, _num_sequences(request))
+        ) as outputs:
             async for index, output in outputs:
                 answers[index].append(output)
         sequences = [answers[index] for index in range(len(answers))]
@@ -53,7 +55,9 @@ class GenerationService:
         """Generate one answer, or several, and send them as they grow."""
         asked = await self._request(request, call)
         begun: set[int] = set()
-        async with aclosing(self._generations.generate_several(asked, _num_sequences(request))) as outputs:
+        async with aclosing(
+            self._generations.generate_several(call, asked, _num_sequences(request))
+        ) as outputs:
             async for index, output in outputs:
                 respond = partial(
                     to_proto.stream_response,
@@ -82,7 +86,7 @@ class GenerationService:
             cache_salt=request.cache_salt,
             priority=request.priority,
         )
-        output = await self._generations.score(asked)
+        output = await self._generations.score(call, asked)
         respond = partial(to_proto.score_response, call.request_id, output, asked.adapter)
         count = sum(num_entries(each.tokens) for each in output.scores)
         return await self._gate.backend.text_threads.build(respond, count)

@@ -19,6 +19,7 @@ from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
 from manyhats.server.grpc.answers import answering, send
 from manyhats.server.grpc.messages import SMALL_BYTES, Unread, check_readable, readable, tolerant
 from manyhats.server.grpc.status import retry_metadata, status_of
+from manyhats.server.observability.traceparent import HEADER, read_traceparent
 from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Call, Calls
 from manyhats.server.service.text_threads import TextThreads
@@ -167,8 +168,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         now_s = time.monotonic()
         remaining_s: float | None = context.time_remaining()  # None without a deadline
         deadline_s = None if remaining_s is None else now_s + remaining_s
+        metadata = context.invocation_metadata() or ()
         call = GrpcCall(
-            method=method, caller=caller, received_s=now_s, deadline_s=deadline_s, context=context
+            method=method,
+            caller=caller,
+            received_s=now_s,
+            deadline_s=deadline_s,
+            parent=read_traceparent([str(value) for key, value in metadata if key == HEADER]),
+            context=context,
         )
         try:
             with self._calls.observed(call):

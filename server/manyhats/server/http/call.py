@@ -24,6 +24,7 @@ from manyhats.server.http.connection import transport_of
 from manyhats.server.http.operation import Body, Operation
 from manyhats.server.http.status import refusal_of
 from manyhats.server.http.writer import Writer
+from manyhats.server.observability.traceparent import HEADER, read_traceparent
 from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Call, Calls
 
@@ -125,12 +126,14 @@ class Endpoint(Generic[Body]):
                     while True:
                         await unless_left()
 
+                given = Headers(scope=scope)
                 call = HttpCall(
                     method=self._operation.method,
                     caller=_NOBODY,
+                    parent=read_traceparent(given.getlist(HEADER)),
                     path=scope.get("path_params", {}),
                     query=scope.get("query_string", b""),
-                    given=Headers(scope=scope),
+                    given=given,
                     headers=writer.headers,
                 )
                 try:

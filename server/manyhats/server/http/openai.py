@@ -58,8 +58,8 @@ class OpenAI:
             raise
         new_reader = partial(call_reader, prompt, run.requests[0], run.names.tokenizer)
         if body.stream:
-            return chat_chunks(run, self._outputs(run), new_reader)
-        outputs = await collected(run, self._outputs(run))
+            return chat_chunks(run, self._outputs(call, run), new_reader)
+        outputs = await collected(run, self._outputs(call, run))
         return await self._built(partial(chat_answer, run, outputs, new_reader), outputs)
 
     async def completions(
@@ -70,7 +70,7 @@ class OpenAI:
             raise FieldInvalidError("best_of", "must equal n: all answers are returned")
         prompts = await self.read(call, partial(prompts_of, body))
         run = await self._begin(call, body, "cmpl-", prompts, _COMPLETION_TOKENS)
-        outputs = self._outputs(run)
+        outputs = self._outputs(call, run)
         if body.shows_prompt_only:
             outputs = _of_prompts_only(outputs)
         texts = await self._echoes(run, body)
@@ -129,10 +129,10 @@ class OpenAI:
             },
         )
 
-    async def _outputs(self, run: Run) -> AsyncGenerator[Output, None]:
+    async def _outputs(self, call: HttpCall, run: Run) -> AsyncGenerator[Output, None]:
         """What the engine makes of all prompts, as many at once as it runs."""
         generations, num = self._generations, run.num_choices
-        streams = [generations.generate_several(request, num) for request in run.requests]
+        streams = [generations.generate_several(call, request, num) for request in run.requests]
         if len(streams) == 1:
             async with aclosing(streams[0]) as only:
                 async for output in only:

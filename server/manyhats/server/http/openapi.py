@@ -41,6 +41,14 @@ _REQUEST_ID = {
     "description": "An id for the call, which its answer and the server's log repeat.",
     "schema": {"type": "string", "maxLength": 128},
 }
+_TRACEPARENT = {
+    "name": "traceparent",
+    "in": "header",
+    "description": "W3C's: the trace that the call is part of; the log shows it, and spans are part of it.",
+    "schema": {"type": "string"},
+}
+# Of every call.
+_PARAMETERS = {"request-id": _REQUEST_ID, "traceparent": _TRACEPARENT}
 
 
 def document(operations: Sequence[Operation[Any]]) -> bytes:
@@ -75,7 +83,7 @@ def document(operations: Sequence[Operation[Any]]) -> bytes:
         "paths": paths,
         "components": {
             "schemas": components,
-            "parameters": {"request-id": _REQUEST_ID},
+            "parameters": _PARAMETERS,
             "headers": {name: _header(text) for name, text in (_HEADERS | _RETRY_HEADERS).items()},
             "securitySchemes": _SECURITY,
         },
@@ -97,10 +105,11 @@ def _operation(operation: Operation[Any], schema_of: Mapping[Any, Any], names: s
     parameters = [_parameter(each, "path") for each in re.findall(r"\{(\w+)\}", path)]
     parameters += [_parameter(each, "query", text) for each, text in operation.query.items()]
     parameters += [_parameter(each, "header", text) for each, text in operation.headers.items()]
+    parameters += [{"$ref": f"#/components/parameters/{each}"} for each in _PARAMETERS]
     found: dict[str, Any] = {
         "operationId": name,
         "summary": operation.summary,
-        "parameters": [*parameters, {"$ref": "#/components/parameters/request-id"}],
+        "parameters": parameters,
         "responses": {"200": _answer(operation, schema_of), **_errors(operation.all_errors)},
     }
     if operation.body is not None:

@@ -115,7 +115,7 @@ class Scores:
         )
         if asked.adapter is not None:
             call.headers["x-manyhats-version"] = asked.adapter.name
-        output = await self._generations.score(replace(asked, id=f"{asked.id}-{number}"))
+        output = await self._generations.score(call, replace(asked, id=f"{asked.id}-{number}"))
         return output, TokenNames(asked.tokenizer or self._gate.backend.tokenizer)
 
     async def _items(self, call: HttpCall, body: ScoreBody, model: str) -> ItemScores:

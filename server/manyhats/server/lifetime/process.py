@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
@@ -41,9 +41,6 @@ from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both
 from manyhats.server.observability.timed_loop import TimedLoop
 from manyhats.server.service.backend import Backend
 
-if TYPE_CHECKING:
-    pass
-
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
 
 EXIT_OK = 0
@@ -73,8 +70,8 @@ async def serve(
         before the server was ready. If engine or store hang, it does not return: the process ends (``hang.py``).
     """
     prepare_process(config)
-    process = _Process(config, Serving(config, assemble), show_progress)
     try:
+        process = _Process(config, Serving(config, assemble), show_progress)
         code = await process.run()
         if process.is_held_up:
             end_at_once(code)
@@ -101,7 +98,7 @@ class _Process:
             loop = asyncio.get_running_loop()
             if isinstance(loop, TimedLoop):
                 loop.on_turn = self._metrics.turn
-            stack.callback(self._serving.close)
+            stack.push_async_callback(self._serving.close)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
             if tls is not None:
                 stack.enter_context(running(tls.follow_expiry()))

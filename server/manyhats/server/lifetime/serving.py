@@ -15,10 +15,12 @@ from prometheus_client import disable_created_metrics
 
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.progress import Progress
+from manyhats.engine.threads.apart import in_thread
 from manyhats.engine.threads.openmp import in_own_thread
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.http.call import Surroundings
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.exporting import open_tracing
 from manyhats.server.lifetime.hang import end_when_hung
 from manyhats.server.observability.logs import configure_logs
 from manyhats.server.observability.metrics import Metrics
@@ -36,6 +38,7 @@ Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
 
 STOP_LIMIT_S = 0.8
 """How long loading, compiling or the engine's step may take to end before it is abandoned."""
+_EXPORT_LIMIT_S = 2.0  # of the last spans
 _MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
 # Events that progress bars also show, and whose lines would cut through them.
@@ -57,6 +60,9 @@ class Serving:
     Args:
         config: the settings.
         assemble: loads the model and opens the store, in a worker thread; the real ones by default.
+
+    Raises:
+        ServerError: spans are to be exported, and cannot be.
     """
 
     def __init__(self, config: ServeConfig, assemble: Assemble | None = None) -> None:
@@ -67,7 +73,8 @@ class Serving:
         # More than the engine accepts, so that it is the engine that reports a full queue.
         max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
         self.gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
-        self.calls = Calls(self.gate, self.metrics)
+        self._tracing = open_tracing()
+        self.calls = Calls(self.gate, self.metrics, self._tracing)
 
     def surroundings(self, tokens: TokenFile | None, *, needs_certificate: bool = False) -> Surroundings:
         """What the HTTP calls have around them."""
@@ -116,8 +123,14 @@ class Serving:
         follower = StoreFollower(started.backend, started.registrations, period_s=period_s)
         stack.enter_context(running(follower.follow()))
 
-    def close(self) -> None:
-        """Close the store; last, as calls that end with the ports may still use it."""
+    async def close(self) -> None:
+        """Export the last spans, unless whoever gets them takes long; close the store.
+
+        Last, as calls that end with the ports may still use both.
+        """
+        if self._tracing is not None:
+            closing = asyncio.wrap_future(in_thread(self._tracing.close, "tracing"))
+            await asyncio.wait({closing}, timeout=_EXPORT_LIMIT_S)
         if self._store is not None:
             self._store.close()
 

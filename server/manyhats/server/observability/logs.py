@@ -10,9 +10,11 @@ from threading import Event
 from typing import Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.processors import ExceptionRenderer
+from structlog.typing import ExcInfo, Processor
 
 from manyhats.engine.progress import Progress
+from manyhats.server.observability.tracebacks import without_messages
 
 LogFormat = Literal["json", "text"]
 
@@ -20,7 +22,10 @@ _log = structlog.get_logger("manyhats.loading")
 
 
 def configure_logs(log_format: LogFormat, level: str) -> None:
-    """Send every log line of this process to stderr, as JSON or as text; stdout stays for the ready line."""
+    """Send every log line of this process to stderr, as JSON or as text; stdout stays for the ready line.
+
+    What an exception says is logged at the level ``debug`` alone.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -28,12 +33,14 @@ def configure_logs(log_format: LogFormat, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
+    tracebacks = ExceptionRenderer() if level.lower() == "debug" else ExceptionRenderer(_without_message)
     # Tracebacks are plain: the renderers' defaults would print local variables, and so callers' prompts.
     if log_format == "json":
-        render: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        render: list[Processor] = [tracebacks, structlog.processors.JSONRenderer()]
     else:
         plain = structlog.dev.plain_traceback
-        render = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+        console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        render = [tracebacks, console]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
@@ -53,6 +60,10 @@ def configure_logs(log_format: LogFormat, level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def _without_message(exc_info: ExcInfo) -> str:
+    return without_messages(exc_info[1])
 
 
 class LoadingStopped(Exception):  # noqa: N818

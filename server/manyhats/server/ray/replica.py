@@ -54,7 +54,7 @@ class Replica:
         self._note: Callable[[str], Awaitable[str]] = serve.multiplexed(
             max_num_models_per_replica=config.engine.max_loaded_adapters
         )(_only_its_name)
-        self._stack.callback(serving.close)
+        self._stack.push_async_callback(serving.close)
         if config.metrics_port is not None:
             metrics = make_metrics_app(serving.gate, serving.metrics.registry)
             port = MetricsPort(metrics, host=config.host, port=config.metrics_port)

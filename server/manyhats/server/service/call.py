@@ -16,6 +16,8 @@ from manyhats.adapters.errors import shown
 from manyhats.engine.errors import FieldInvalidError, NoMemoryError, is_out_of_memory
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import Caller
+from manyhats.server.observability.traceparent import Parent, new_trace_id
+from manyhats.server.observability.work import Work
 from manyhats.server.service.errors import UnexpectedError
 from manyhats.server.service.gate import Gate, ServingState
 from manyhats.server.service.reasons import is_expected, reason_of
@@ -23,6 +25,7 @@ from manyhats.server.service.reasons import is_expected, reason_of
 if TYPE_CHECKING:
     from manyhats.adapters.artifact import AdapterRecord
     from manyhats.server.observability.metrics import Metrics
+    from manyhats.server.observability.tracing import Tracing
 
 MAX_REQUEST_ID_LENGTH = 128
 # A caller whose deadline passes cancels slightly before the deadline by this server's clock.
@@ -56,6 +59,9 @@ class Call:
         request_id: the caller's, or else ``id``; used in replies and logs.
         name: the task or version it names first, "" for none; None before it has a message that could name one.
         version: what the name stood for when that was first asked; all of a call runs on one version.
+        parent: the span of its caller's, of which it is part; None if it has named none.
+        trace_id: of the trace that it is part of, in hexadecimal; "" for none.
+        work: what the engine does for it.
     """
 
     method: str
@@ -66,6 +72,9 @@ class Call:
     request_id: str = ""
     name: str | None = None
     version: AdapterRecord | None = None
+    parent: Parent | None = None
+    trace_id: str = ""
+    work: Work = field(default_factory=Work)
 
     def names(self, name: str | None) -> None:
         """Note the task or version that a message of this call names, "" for none; None if it has no such field.
@@ -99,16 +108,18 @@ class Call:
 
 
 class Calls:
-    """What surrounds every call: admission, metrics, one log line, and logging of unexpected errors.
+    """What surrounds every call: admission, metrics, one log line, its span, and logging of unexpected errors.
 
     Args:
         gate: admits calls, and knows the backend.
         metrics: counts them.
+        tracing: makes spans of them; None for none.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.gate = gate
         self.metrics = metrics
+        self._tracing = tracing
         metrics.attach_readiness(lambda: gate.state is ServingState.READY)
 
     @contextmanager
@@ -121,6 +132,7 @@ class Calls:
             NoMemoryError: instead of one that says that there is no memory.
         """
         structlog.contextvars.clear_contextvars()
+        self._trace(call)
         try:
             with self.gate.admitted():
                 yield
@@ -139,6 +151,15 @@ class Calls:
             raise UnexpectedError(error_id) from error
         self._finished(call, "OK")
 
+    def _trace(self, call: Call) -> None:
+        """Let log lines show which trace a call is part of: its caller's, or one that begins here."""
+        if call.parent is not None:
+            call.trace_id = call.parent.trace_id
+        elif self._tracing is not None:
+            call.trace_id = new_trace_id()
+        if call.trace_id:
+            structlog.contextvars.bind_contextvars(trace_id=call.trace_id)
+
     def _finished(self, call: Call, code: str) -> None:
         seconds = time.monotonic() - call.received_s
         is_timed = call.method in _TIMED_METHODS and call.name is not None
@@ -148,6 +169,8 @@ class Calls:
         _log.info(
             "call", method=call.method, task=shown(call.name or ""), code=code, seconds=round(seconds, 4)
         )
+        if self._tracing is not None:
+            self._tracing.record(call, code)
 
 
 def task_of(name: str) -> str:

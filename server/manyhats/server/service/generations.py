@@ -94,6 +94,9 @@ class Generations:
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         prompt_token_ids = await encoder.encode(prompt)
+        language = await self._constraint(prompt, tokenizer, constraint)
+        kind = "chat" if isinstance(prompt, ChatPrompt) else "text"
+        call.work.queued(kind, self._backend.info.name, sampling_params, stopping_params)
         return Request(
             id=call.id,
             prompt_token_ids=prompt_token_ids,
@@ -103,7 +106,7 @@ class Generations:
             stopping=stopping_params,
             speculation=speculation_params,
             response=response,
-            constraint=await self._constraint(prompt, tokenizer, constraint),
+            constraint=language,
             priority=check_priority(priority, call.caller),
             deadline_s=call.deadline_s,
             cache_salt=cache_salt,
@@ -126,9 +129,9 @@ class Generations:
         return await self._backend.text_threads.run(work, prompt.length)
 
     def generate_several(
-        self, asked: Request, num_sequences: int
+        self, call: Call, asked: Request, num_sequences: int
     ) -> AsyncGenerator[tuple[int, StepOutput], None]:
-        """The engine's outputs of several generations of one prompt, counted, each with the index of its sequence.
+        """The engine's outputs of several generations of a call's prompt, counted, each with its sequence's index.
 
         The prompt is computed and counted once: when the first generation has its first output, the prompt's blocks are
         in the prefix cache, and the others begin with them. They differ by their seeds, which follow each other. Prompt
@@ -139,19 +142,23 @@ class Generations:
             EngineError, AdapterError: it cannot be served; as the outputs are read.
         """
         check_num_sequences(num_sequences)
-        first = self._counted(asked, 0, asked.accepted_s)
+        first = self._counted(call, asked, 0, asked.accepted_s)
         # One is the usual case, which needs nothing between that and its reader.
-        return first if num_sequences == 1 else self._several(asked, num_sequences, first)
+        return first if num_sequences == 1 else self._several(call, asked, num_sequences, first)
 
     async def _several(
-        self, asked: Request, num_sequences: int, first: AsyncGenerator[tuple[int, StepOutput], None]
+        self,
+        call: Call,
+        asked: Request,
+        num_sequences: int,
+        first: AsyncGenerator[tuple[int, StepOutput], None],
     ) -> AsyncGenerator[tuple[int, StepOutput], None]:
         async with aclosing(first):
             # There is one: a generation ends with an output, or with an error.
             index, output = await anext(first)
             yield index, output
             others = [
-                self._counted(_sibling(asked, index), index, output.time_s)
+                self._counted(call, _sibling(asked, index), index, output.time_s)
                 for index in range(1, num_sequences)
             ]
             async with aclosing(merged([first, *others])) as outputs:
@@ -159,20 +166,23 @@ class Generations:
                     yield each
 
     async def _counted(
-        self, asked: Request, index: int, since_s: float
+        self, call: Call, asked: Request, index: int, since_s: float
     ) -> AsyncGenerator[tuple[int, StepOutput], None]:
         """The engine's outputs of one sequence; the first one's count the prompt too."""
         task, is_first = task_id(asked.adapter), index == 0
-        usage = None
+        output = None
         try:
             async with aclosing(self._backend.engine.generate(asked)) as outputs:
                 async for output in outputs:
                     self._metrics.output(task, output, since_s=since_s, is_first=is_first)
-                    since_s, is_first, usage = output.time_s, False, output.usage
+                    if is_first:
+                        call.work.began(output.time_s)
+                    since_s, is_first = output.time_s, False
                     yield index, output
         finally:
-            if usage is not None:
-                self._metrics.guessed(task, usage)
+            if output is not None:
+                self._metrics.guessed(task, output.usage)
+                call.work.ended(output.usage, output.finish_reason, is_sibling=index > 0)
 
     async def score_request(
         self,
@@ -190,6 +200,7 @@ class Generations:
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         tokens = await encoder.encode_scoring(prompt, continuations)
+        call.work.queued("score", self._backend.info.name)
         return ScoreRequest(
             id=call.id,
             prompt_token_ids=tokens.prompt_token_ids,
@@ -204,14 +215,15 @@ class Generations:
             accepted_s=call.received_s,
         )
 
-    async def score(self, asked: ScoreRequest) -> ScoreOutput:
-        """The scores, counted.
+    async def score(self, call: Call, asked: ScoreRequest) -> ScoreOutput:
+        """A call's scores, counted.
 
         Raises:
             EngineError, AdapterError: it cannot be served.
         """
         output = await self._backend.engine.score(asked)
         self._metrics.scored(task_id(asked.adapter), output.usage)
+        call.work.ended(output.usage)
         return output
 
     async def classify(self, call: Call, texts: Sequence[str]) -> list[Classified]:
@@ -239,8 +251,9 @@ class Generations:
         async def one(index: int) -> Classified:
             with named_text(index):
                 tokens = await encoder.encode_answers(prompts[index], classes.texts, ends)
+                call.work.queued("score", self._backend.info.name)
                 asked = class_request(call, index, tokens, adapter, tokenizer)
-                return classified(classes, await self.score(asked))
+                return classified(classes, await self.score(call, asked))
 
         return await each_of(one, len(prompts), at_once=_IN_FLIGHT)
 

@@ -76,6 +76,7 @@ class TextReader:
             EngineError, AdapterError: it cannot be served.
         """
         limit = self._backend.engine.max_context_length
+        kind = "read" if applies_head else "embed"
         while True:
             tokens = await self._tokens(adapter, inputs, field, truncates, limit)
             request = EncodeRequest(
@@ -90,6 +91,7 @@ class TextReader:
                 cache_salt=cache_salt,
                 accepted_s=call.received_s,
             )
+            call.work.queued(kind, self._backend.info.name)
             try:
                 output = await self._backend.engine.encode(request)
             except PromptTooLongError as error:
@@ -99,6 +101,7 @@ class TextReader:
                 limit = error.limit  # of the context, as much as the adapter's virtual tokens leave
             else:
                 self._metrics.encoded(task_id(adapter), output.usage)
+                call.work.ended(output.usage)
                 return tuple(len(each.token_ids) for each in tokens), output
 
     async def _tokens(
