@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from references.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
 _TITLES = {
     "server": "The server",
-    "train": "The trainer, besides",
-    "postgres": "PostgreSQL",
-    "s3": "S3",
-    "gcs": "GCS",
+    "train": "The trainer, besides the server's",
+    "postgres": "Tasks and versions in PostgreSQL",
+    "s3": "Adapters in S3",
+    "gcs": "Adapters in GCS",
+    "frame": "Data frames of pandas",
+    "polars": "Data frames of Polars",
 }
 
 
@@ -33,10 +35,10 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def _table(title: str, lines: Sequence[str], tested: dict[str, str]) -> str:
+def _table(title: str, lines: Sequence[str], tested: Mapping[NormalizedName, str]) -> str:
     found = [each for each in map(Requirement, lines) if each.name != "manyhats"]
     rows = [
-        (f"`{each.name}`", str(each.specifier), tested.get(canonicalize_name(each.name), ""))
+        (f"`{each.name}`", str(each.specifier), tested.get(canonicalize_name(each.name), "not tested"))
         for each in found
     ]
-    return f"## {title}\n\n{table('package', 'needed', 'developed with', rows=rows)}"
+    return f"## {title}\n\n{table('package', 'needed', 'tested with', rows=rows)}"

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.servers.replicas import program
 
 from support.compose import envoy_script
+from support.servers.replicas import program
 
 pytestmark = pytest.mark.deploy
 
