@@ -269,7 +269,7 @@ async def until_idle(cluster: Cluster, task: str) -> None:
 
 
 async def test_calls_of_a_replica_that_is_killed_are_answered_by_the_other(cluster: Cluster) -> None:
-    load = Load(cluster, retries=True)
+    num_starts, load = cluster.serve.num_starts(), Load(cluster, retries=True)
     async with load.running():
         num_ended, kill_s = len(load.ended), time.monotonic()
         cluster.serve.replicas()[0].kill()
@@ -277,7 +277,7 @@ async def test_calls_of_a_replica_that_is_killed_are_answered_by_the_other(clust
         print(f"100 calls in {time.monotonic() - kill_s:.1f} s; failed: {load.errors()}")
     assert [each for each in load.errors() if not each[1]] == []
     assert all(error.startswith("UNAVAILABLE") for error, _ in load.errors())
-    await asyncio.to_thread(cluster.serve.wait_until_ready, NUM_REPLICAS + 1)  # Serve has started another
+    await asyncio.to_thread(cluster.serve.wait_until_ready, num_starts + 1)  # Serve has started another
 
 
 async def test_a_replica_that_is_no_longer_wanted_ends_its_calls_first(cluster: Cluster) -> None:
@@ -286,4 +286,18 @@ async def test_a_replica_that_is_no_longer_wanted_ends_its_calls_first(cluster: 
     async with load.running():
         await asyncio.to_thread(cluster.serve.deploy, 1)
         await until(lambda: len(cluster.serve.replicas()) == 1)
+    assert load.errors() == []
+
+
+async def test_a_replica_is_added_where_one_has_too_much_to_do(cluster: Cluster) -> None:
+    await asyncio.to_thread(cluster.serve.deploy, 1)
+    await until(lambda: len(cluster.serve.replicas()) == 1)
+    num_starts, load = cluster.serve.num_starts(), Load(cluster, retries=False)
+    async with load.running():
+        scaling = {"target_ongoing_requests": 2, "upscale_delay_s": 1}
+        await asyncio.to_thread(cluster.serve.deploy, 1, NUM_REPLICAS, **scaling)
+        await asyncio.to_thread(cluster.serve.wait_until_ready, num_starts + 1)
+        num_ended = len(load.ended)
+        await until(lambda: len(load.ended) >= num_ended + 50)
+    assert len(cluster.serve.replicas()) == NUM_REPLICAS
     assert load.errors() == []
