@@ -31,7 +31,7 @@ COPY adapters_store adapters_store
 COPY server server
 COPY trainer trainer
 COPY clients clients
-RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server,postgres,s3]'
+RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server,postgres,s3,otel]'
 
 FROM python:3.11-slim-bookworm
 # Numba's threads need the OpenMP runtime.

@@ -22,6 +22,7 @@ release = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
+suppress_warnings = ["misc.highlighting_failure"]  # code hosts know more languages than Pygments
 smartquotes = False  # would make dashes of flags
 
 

@@ -26,7 +26,7 @@ from benchmarks.environments import make_once, python_of, run_step  # noqa: E402
 
 HOME = ROOT / ".deploy"
 TOOLS = ROOT / "tests/deploy/packaging.txt"
-EXTRAS = ("server", "train")
+EXTRAS = ("server", "train", "frame", "polars", "otel", "postgres", "s3")
 TESTS = (
     "tests/client",
     "tests/cli",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _TITLES = {
     "server": "The server",
     "train": "The trainer, besides the server's",
+    "otel": "Traces",
     "postgres": "Tasks and versions in PostgreSQL",
     "s3": "Adapters in S3",
     "gcs": "Adapters in GCS",

@@ -18,7 +18,11 @@ from manyhats.client import Client
 from support.factories.tiny_models import make_checkpoint
 from support.servers.clean_root import CleanImage, download_wheels, missing
 
-pytestmark = [pytest.mark.deploy, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.timeout(1800),  # two file systems are installed and removed
+]
 
 
 @pytest.fixture(scope="module")

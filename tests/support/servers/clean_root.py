@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,16 @@ def missing() -> str:
 
 def download_wheels(directory: Path) -> None:
     """All that the steps install by pip, as this machine's pip finds it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory)]
-    needed = ["-c", "constraints.txt", "torch", ".[server,postgres,s3]", "hatchling"]
-    subprocess.run([*command, *needed], cwd=ROOT, check=True)
+    (project,) = {
+        word.strip("'")
+        for stage in stages()
+        for name, rest in stage.instructions
+        for word in rest.split()
+        if name == "RUN" and word.startswith("'.[")
+    }
+    to_build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--dest", str(directory)]
+    subprocess.run([*command, "-c", "constraints.txt", "torch", project, *to_build], cwd=ROOT, check=True)
 
 
 class CleanImage:
