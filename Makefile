@@ -93,6 +93,7 @@ test-deploy: setup $(DOCS_STAMP)
 	scripts/need_chromium.sh
 	scripts/need_proxies.sh
 	scripts/need_prometheus.sh
+	scripts/need_debootstrap.sh
 	$(BIN)/python -m pytest -m deploy --timeout 900 tests/deploy
 
 test-floors: setup

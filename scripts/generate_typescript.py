@@ -11,11 +11,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from grpc_tools import protoc  # type: ignore[import-untyped]
-
+import protoc
 from generate_proto import PACKAGE, differences
 from generate_proto import ROOT as PROTO
 
@@ -36,20 +34,14 @@ def generate(out: Path) -> None:
     sources = sorted(path.relative_to(PROTO).as_posix() for path in (PROTO / PACKAGE).glob("*.proto"))
     sources += sorted(path.relative_to(own).as_posix() for path in own.rglob("*.proto"))
     out.mkdir(parents=True, exist_ok=True)
-    code = protoc.main(
-        [
-            "protoc",
-            f"--proto_path={PROTO}",
-            f"--proto_path={own}",
-            f"--proto_path={files('grpc_tools') / '_proto'}",
-            f"--plugin=protoc-gen-es={PLUGIN}",
-            f"--es_out={out}",
-            "--es_opt=target=ts,import_extension=js",
-            *sources,
-        ]
+    protoc.run(
+        PROTO,
+        f"--proto_path={own}",
+        f"--plugin=protoc-gen-es={PLUGIN}",
+        f"--es_out={out}",
+        "--es_opt=target=ts,import_extension=js",
+        sources=sources,
     )
-    if code != 0:
-        raise SystemExit(code)
 
 
 def generated_files(root: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What README and docs name is there: paths of a clone, commands and flags, make's targets; the image is safe."""
+"""What README and docs name is there: paths of a clone, commands and flags, make's targets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ import yaml
 import write_models
 from manyhats.cli.main import app
 from manyhats.engine.model.families.reading import FAMILIES, REFUSED
-from manyhats.server.access.errors import ConfigError
-from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.config_file import make_config
 from write_settings import with_tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += sorted(path for path in (ROOT / "examples").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "deploy").rglob("*.md"))
 DOCUMENTS += [ROOT / "clients" / "typescript" / "README.md"]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} | {".ci"}
@@ -142,26 +140,6 @@ def test_readme_says_where_files_are_kept() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "MANYHATS_HOME" in text
     assert "~/.cache/manyhats" in text
-
-
-def entry_point() -> dict[str, str | bool]:
-    """The flags that the image's server always has, as settings."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
-    (line,) = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
-    program, command, *words = json.loads(line)
-    assert (program, command) == ("manyhats", "serve")
-    flags = dict(zip(words[::2], words[1::2], strict=True))
-    assert flags.pop("--adapter-root")
-    return {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
-
-
-def test_the_image_does_not_serve_other_machines_unless_it_is_told_how_or_not_to_mind() -> None:
-    settings = entry_point()
-    with pytest.raises(ConfigError, match="needs --tls-cert and --tls-key and --token-file; or --insecure"):
-        make_config(settings)
-    secured = {"tls_cert": "/s/c.pem", "tls_key": "/s/c.key", "token_file": "/s/t.yaml"}
-    for more in ({"insecure": True}, secured):
-        assert isinstance(make_config({**settings, **more}), ServeConfig)
 
 
 def test_settings_are_listed_as_they_are_declared() -> None:

@@ -54,7 +54,7 @@ FLOORS = {
         errors home output progress constraint request threads model text scheduling backends checkpoints config
         sampling speculation residency loop engine opening
     """,
-    "server": "observability access service grpc http lifetime doctor",
+    "server": "observability access service grpc http lifetime doctor ray",
     "trainer": "errors files settings data methods model memory report run registration train",
     "cli": "terminal options tasks adapters training info model token bench serve doctor main __main__",
 }
@@ -77,10 +77,11 @@ KNOWN_TO_MODELS = {"errors", "home", "output", "progress", "request", "model"}
 
 BACKENDS = ("cpu", "torch")
 SEAM = {"backend", "open", "plan", "report", "wants"}
-# What computes on a device, and the only places that import it.
+# What computes on a device or places replicas, and the only places that import it.
 ONLY_IN = {
     "numba": ["server/manyhats/engine/backends/cpu"],
     "triton": ["server/manyhats/engine/backends/cuda"],
+    "ray": ["server/manyhats/server/ray"],
     "bitsandbytes": [
         "server/manyhats/engine/backends",
         "server/manyhats/engine/model/nf4.py",
@@ -177,7 +178,7 @@ def test_backends_do_not_know_each_other_and_others_know_their_seam_alone() -> N
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_what_computes_on_a_device_is_known_where_it_is_used_alone(library: str) -> None:
+def test_some_libraries_are_known_where_they_are_used_alone(library: str) -> None:
     homes = [ROOT / home for home in ONLY_IN[library]]
     for path in (each for package in PACKAGES for each in sources(package)):
         top = {name.split(".")[0] for name in imported_modules(path)}

@@ -16,7 +16,12 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.engine import Engine
-from manyhats.engine.errors import DeadlineExceededError, QueueFullError, StreamUnreadError
+from manyhats.engine.errors import (
+    AdapterCapacityError,
+    DeadlineExceededError,
+    QueueFullError,
+    StreamUnreadError,
+)
 from manyhats.engine.output import StepOutput
 from manyhats.engine.request import Request, ScoreRequest, SpeculationParams, StoppingParams
 from support.factories.tiny_models import TINY_VOCAB_SIZE
@@ -189,7 +194,8 @@ class Churn:
                     if not self.store.has_digest(each.digest):
                         self.engine.forget_adapter(each.digest)
             if self._rng.random() < 0.3:
-                with contextlib.suppress(AdapterError):
+                # Without room in ten seconds it is in use before it is loaded, as a registration's version.
+                with contextlib.suppress(AdapterError, AdapterCapacityError):
                     await self.engine.warm_adapter(self.store.resolve(task))
             self.num_changes += 1
 

@@ -130,7 +130,8 @@ def test_without_the_servers_packages_only_that_is_said(tmp_path: Path) -> None:
     directory = tmp_path / "manyhats-9.dist-info"
     directory.mkdir()
     (directory / "METADATA").write_text(
-        'Metadata-Version: 2.4\nName: manyhats\nVersion: 9\nRequires-Dist: not-there; extra == "server"\n'
+        "Metadata-Version: 2.4\nName: manyhats\nVersion: 9\nProvides-Extra: server\n"
+        'Requires-Dist: not-there; extra == "server"\n'
     )
     code = (
         "import sys; sys.modules.update(torch=None, yaml=None, structlog=None, sqlalchemy=None)\n"

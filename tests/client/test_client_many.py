@@ -78,6 +78,10 @@ def test_one_task_for_all_or_one_for_each(fake: FakeServer, ask: Any) -> None:
     assert [answer.adapter and answer.adapter.task_id for answer in answers] == ["sql", None, "tldr@1"]
     with pytest.raises(InvalidRequestError, match="one for each of 2 prompts, not 1"):
         ask(fake.target, ["a", "b"], task_id=["sql"])
+    with pytest.raises(InvalidRequestError, match="that of prompt 1 is nan"):
+        ask(fake.target, ["a", "b"], task_id=["sql", float("nan")])
+    with pytest.raises(TypeError, match="several, not one text"):
+        ask(fake.target, "a")
 
 
 def test_no_prompts_no_requests(fake: FakeServer, ask: Any) -> None:
@@ -255,4 +259,4 @@ async def test_ten_thousand_prompts_outlive_a_server_that_is_killed_and_comes_ba
                 answers = await asking
     told = [answer.text.split() for answer in answers]
     assert [prompt for prompt, _ in told] == prompts
-    assert max(int(num_running) for _, num_running in told) == concurrency
+    assert 1 < max(int(num_running) for _, num_running in told) <= concurrency

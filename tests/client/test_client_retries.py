@@ -189,3 +189,9 @@ def test_the_methods_that_are_named_exist() -> None:
     assert {name["service"] for name in named} == set(services)
     for name in named:
         assert name.get("method") is None or name["method"] in services[name["service"]].methods_by_name
+
+
+def test_a_large_request_is_tried_again_too(fake: FakeServer, do: Do) -> None:
+    fake.status, fake.num_failures = full(0.01), 2
+    assert do("generate", "x" * 3_000_000).text == TEXT
+    assert len(fake.requests) == 3

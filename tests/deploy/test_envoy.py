@@ -19,7 +19,7 @@ from manyhats.client import AsyncClient, Client
 from restart_under_load import describe_model
 from support.factories.adapters import make_lora
 from support.factories.tiny_models import make_checkpoint
-from support.harnesses.replica_calls import PROMPT, Callers, Outcome, callers, version_of
+from support.harnesses.replica_calls import PROMPT, Callers, callers, version_of
 from support.servers.postgres import PostgresServer
 from support.servers.replicas import Envoy, Replica
 
@@ -102,11 +102,6 @@ def zipf(seed: int) -> Iterator[str]:
         yield source.choices(shuffled, cum_weights=weights)[0]
 
 
-def failures(outcomes: list[Outcome]) -> list[Outcome]:
-    """Those that had not begun to stream, and have no whole answer."""
-    return [each for each in outcomes if each.error and not each.begun]
-
-
 async def test_each_task_stays_with_one_replica_however_it_is_named(cluster: Cluster) -> None:
     tasks = TASKS[:40]
     before = {task: cluster.homes(task) for task in tasks}
@@ -137,6 +132,15 @@ async def test_calls_of_the_base_go_to_any_replica(cluster: Cluster) -> None:
             assert (await made.grpc("")).error == ""
             assert (await made.whole(BASE)).error == ""
     assert all(after - was >= 4 for after, was in zip(cluster.homes("_base"), before, strict=True))
+
+
+async def test_a_task_that_all_ask_for_is_passed_on_in_part(cluster: Cluster) -> None:
+    before = cluster.homes(TASKS[0])
+    async with cluster.envoy.running(base=BASE), callers(cluster.envoy.target) as made:
+        outcomes = await asyncio.gather(*(made.grpc(TASKS[0], 200) for _ in range(32)))
+    assert [each for each in outcomes if each.error] == []
+    less, more = sorted(after - was for after, was in zip(cluster.homes(TASKS[0]), before, strict=True))
+    assert 2 <= less < more  # at most 1.5 times its share, which is a half, run at one: three quarters
 
 
 async def test_the_largest_bodies_pass_and_the_bad_ones_are_refused_by_the_server(cluster: Cluster) -> None:
@@ -202,7 +206,7 @@ async def test_a_share_of_a_task_s_calls_goes_to_another_version(cluster: Cluste
         answered = [after - was for after, was in zip(cluster.homes(task), before, strict=True)]
         assert sorted(answered) == [0, 200]  # both versions at one replica
         # Only the model's name is changed, not what is quoted in a text ...
-        answers = [await completed(made, task, said, echo=True) for _ in range(20)]
+        answers = [await completed(made, task, said, echo=True) for _ in range(40)]
         assert set(map(version_of, answers)) == counts.keys()
         assert all(each.json()["choices"][0]["text"].startswith(said) for each in answers)
         # ... and nothing where something else looks like it.
@@ -224,7 +228,8 @@ async def completed(made: Callers, model: str, prompt: str, **fields: object) ->
 async def test_a_replica_that_dies_loses_its_streams_only_and_gets_its_tasks_back(cluster: Cluster) -> None:
     one, _ = cluster.replicas
     async with cluster.envoy.running(base=BASE), callers(cluster.envoy.target) as made:
-        home = [task for task in TASKS[:40] if await is_answered_by(made, task, one)][:5]
+        home = [task for task in TASKS[:20] if await is_answered_by(made, task, one)]
+        assert home
         until_s = time.monotonic() + 8.0
         load = asyncio.create_task(
             made.load(zipf(1), NUM_CALLERS, 32, lambda num_made: time.monotonic() > until_s)
@@ -232,20 +237,21 @@ async def test_a_replica_that_dies_loses_its_streams_only_and_gets_its_tasks_bac
         await asyncio.sleep(3.0)
         await asyncio.to_thread(one.end, signal.SIGKILL)
         outcomes = await load
-        assert failures(outcomes) == []
-        lost = [each for each in outcomes if each.error]
-        assert len(lost) <= NUM_CALLERS
-        assert {each.way for each in lost} <= {"grpc_stream", "http_stream"}
-        assert len(outcomes) > 50
         one.start()
         await asyncio.to_thread(one.wait)
         ready_s = time.monotonic()
         while not all([await is_answered_by(made, task, one) for task in home]):
             assert time.monotonic() - ready_s < 10.0
-        print(
-            f"\n{len(outcomes)} calls beside a kill: {len(lost)} streams ended, all others were answered; "
-            f"its tasks were back {time.monotonic() - ready_s:.1f} s after it was ready"
-        )
+        back_s = time.monotonic() - ready_s
+    lost = [each for each in outcomes if each.error]
+    assert [each for each in lost if not each.begun] == []
+    assert {each.way for each in lost} <= {"grpc_stream", "http_stream"}
+    assert len(lost) <= NUM_CALLERS
+    assert len(outcomes) > 50
+    print(
+        f"\n{len(outcomes)} calls beside a kill: {len(lost)} streams ended, all others were answered; "
+        f"its tasks were back {back_s:.1f} s after it was ready"
+    )
 
 
 async def is_answered_by(made: Callers, task: str, replica: Replica) -> bool:

@@ -112,7 +112,7 @@ def num_calls(servers: list[Running]) -> list[int]:
 
 async def test_haproxy(tmp_path: Path) -> None:
     async with two_servers() as (servers, ports):
-        (tmp_path / "haproxy.cfg").write_text(documented("haproxy", ports))
+        (tmp_path / "haproxy.cfg").write_text(documented("text", ports))
         with running(tmp_path, "haproxy", "-f", "haproxy.cfg"):
             async with callers(f"127.0.0.1:{ports['8080']}") as made:
                 await until_ready(made)

@@ -196,6 +196,8 @@ async def _ask_each(
     """Call ``method`` with each prompt (and ``more``), its task, and the options that are not ``ManyOptions``."""
     options["timeout_s"] = client._timeout(options.get("timeout_s"))
     plan = Plan.taken_from(options, what, on_error)
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be several, not one text")
     given = list(prompts)
 
     rows = list(zip(given, task_of_each(task_id, len(given)), strict=True))

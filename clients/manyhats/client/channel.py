@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from manyhats.client.credentials import Credentials
-from manyhats.client.retries import SERVICE_CONFIG
+from manyhats.client.retries import RETRY_OPTIONS
 
 DEFAULT_TARGET: Final = "127.0.0.1:50051"
 
@@ -84,7 +84,7 @@ def task_metadata(message: object) -> _Metadata:
 def _options(retries: bool, metadata: _Metadata = ()) -> tuple[tuple[str, int | str], ...]:
     options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
     if retries:
-        options.append(("grpc.service_config", SERVICE_CONFIG))
+        options += RETRY_OPTIONS
     if metadata:
         # A proxy from the environment would read the token, even on the way to this machine.
         options.append(("grpc.enable_http_proxy", 0))

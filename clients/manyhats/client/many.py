@@ -63,11 +63,14 @@ def task_of_each(task_id: str | Iterable[str], count: int) -> list[str]:
     """The task of each of ``count`` prompts.
 
     Raises:
-        InvalidRequestError: there are not as many.
+        InvalidRequestError: there are not as many, or one is no text.
     """
     tasks = [task_id] * count if isinstance(task_id, str) else list(task_id)
     if len(tasks) != count:
         raise invalid("task_id", f"must be one task, or one for each of {count} prompts, not {len(tasks)}")
+    for index, task in enumerate(tasks):
+        if not isinstance(task, str):
+            raise invalid("task_id", f"must be texts; that of prompt {index} is {task!r}")
     return tasks
 
 

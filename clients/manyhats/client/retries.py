@@ -44,3 +44,10 @@ SERVICE_CONFIG: Final = json.dumps(
     }
 )
 """Streams are tried again until their first message comes, uploads until they are accepted."""
+
+RETRY_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+    ("grpc.service_config", SERVICE_CONFIG),
+    # Twice the largest request that servers take: gRPC forgets one that is larger, by default than 256 KiB.
+    ("grpc.per_rpc_retry_buffer_size", 16 * 2**20),
+)
+"""Of a channel whose calls are tried again."""

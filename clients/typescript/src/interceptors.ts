@@ -47,7 +47,7 @@ export function setTask(header: Headers, message: object): void {
   }
 }
 
-/** Repeats calls that the server refuses for now, or that do not reach it; up to four attempts, until the deadline. */
+/** Repeats calls that the server refuses for now, or whose connection fails; four attempts at most, until the deadline. */
 export const retry: Interceptor = (next) => async (request) => {
   if (request.stream) {
     return next(request);
@@ -59,7 +59,7 @@ export const retry: Interceptor = (next) => async (request) => {
       return await next(request);
     } catch (error) {
       const delayMs = attempt < MAX_ATTEMPTS ? delayAfter(error, attempt, isSafe) : undefined;
-      if (delayMs === undefined) {
+      if (delayMs === undefined || request.signal.aborted) {
         throw error;
       }
       try {
@@ -71,6 +71,13 @@ export const retry: Interceptor = (next) => async (request) => {
   }
 };
 
+/** Whether the connection broke before the server's status came. Node then cancels the call, or fails by itself. */
+function isConnectionLost(error: ConnectError): boolean {
+  const { code } = (error.cause ?? {}) as { code?: unknown };
+  const isBroken = error.code === Code.Canceled || /^(ECONNRESET|EPIPE|ERR_HTTP2_\w+)$/.test(String(code));
+  return isBroken && !error.metadata.has("grpc-status");
+}
+
 /** How long to wait before the next attempt; undefined if there is to be none. */
 function delayAfter(error: unknown, attempt: number, isSafe: boolean): number | undefined {
   if (!(error instanceof ConnectError)) {
@@ -79,7 +86,7 @@ function delayAfter(error: unknown, attempt: number, isSafe: boolean): number | 
   const pushback = error.metadata.get("grpc-retry-pushback-ms");
   const saidMs = pushback === null ? failureOf(error).retryAfterMs : Number(pushback);
   const isRefused = error.code === Code.ResourceExhausted && saidMs !== undefined;
-  const isGone = error.code === Code.Unavailable && isSafe;
+  const isGone = isSafe && (error.code === Code.Unavailable || isConnectionLost(error));
   if (!(isRefused || isGone) || (saidMs !== undefined && !(saidMs >= 0))) {
     return undefined;
   }

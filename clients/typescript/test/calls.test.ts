@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { createServer, type Http2Server } from "node:http2";
-import type { AddressInfo } from "node:net";
+import type { AddressInfo, Socket } from "node:net";
 import { after, afterEach, before, test } from "node:test";
 import { Code, ConnectError, type ConnectRouter } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
@@ -11,12 +11,20 @@ import { AdapterService, CredentialsError, failureOf, GenerationService, Manyhat
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../src/gen/google/rpc/error_details_pb.js";
 
 let server: Http2Server;
+const sockets: Socket[] = [];
 let url: string;
 let seen: { method: string; headers: Headers }[] = [];
 let refusals: ConnectError[] = [];
+let hangUps = 0;
+let onCall = () => {};
 
 function note(method: string, headers: Headers): void {
   seen.push({ method, headers });
+  onCall();
+  if (hangUps > 0) {
+    hangUps -= 1;
+    sockets.forEach((socket) => socket.destroy());
+  }
   const refusal = refusals.shift();
   if (refusal !== undefined) {
     throw refusal;
@@ -42,9 +50,15 @@ function routes(router: ConnectRouter): void {
   });
 }
 
-before(async () => {
-  server = createServer(connectNodeAdapter({ routes })).listen(0, "127.0.0.1");
+async function start(port: number): Promise<void> {
+  server = createServer(connectNodeAdapter({ routes }));
+  server.on("connection", (socket) => sockets.push(socket));
+  server.listen(port, "127.0.0.1");
   await once(server, "listening");
+}
+
+before(async () => {
+  await start(0);
   url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
 });
 
@@ -53,6 +67,8 @@ after(() => server.close());
 afterEach(() => {
   seen = [];
   refusals = [];
+  hangUps = 0;
+  onCall = () => {};
 });
 
 async function withClient<T>(use: (client: ManyhatsClient) => Promise<T>, token?: string): Promise<T> {
@@ -65,7 +81,7 @@ async function withClient<T>(use: (client: ManyhatsClient) => Promise<T>, token?
 }
 
 function full(seconds: number): ConnectError {
-  const delay = { seconds: 0n, nanos: seconds * 1e9 };
+  const delay = { seconds: BigInt(Math.trunc(seconds)), nanos: (seconds % 1) * 1e9 };
   return new ConnectError("full", Code.ResourceExhausted, undefined, [
     { desc: ErrorInfoSchema, value: { reason: "QUEUE_FULL", metadata: { limit: "8" } } },
     { desc: RetryInfoSchema, value: { retryDelay: delay } },
@@ -104,6 +120,43 @@ test("a call that found no server is repeated, four times at most", async () => 
   assert.equal(seen.length, 4);
 });
 
+test("a server that restarts is found again", async () => {
+  await withClient(async (client) => {
+    await score(client);
+    sockets.forEach((socket) => socket.destroy());
+    server.close();
+    await once(server, "close");
+    setTimeout(() => void start(Number(new URL(url).port)), 300);
+    const [scored] = await score(client);
+    assert.equal(scored?.logprob, -1.5);
+    assert.equal(seen.length, 2);
+  });
+});
+
+test("a call whose connection breaks is repeated, if it changes nothing", async () => {
+  hangUps = 1;
+  assert.equal((await withClient(score))[0]?.logprob, -1.5);
+  assert.equal(seen.length, 2);
+  hangUps = 1;
+  await assert.rejects(withClient((client) => client.adapters.registerAdapter({ taskId: "sql", uri: "sql" })));
+  assert.equal(seen.length, 3);
+});
+
+test("a call that its caller has aborted is not repeated", async () => {
+  const caller = new AbortController();
+  onCall = () => caller.abort();
+  hangUps = 1;
+  const call = withClient((client) => client.score("a", ["b"], { signal: caller.signal }));
+  await assert.rejects(call, { code: Code.Canceled });
+  assert.equal(seen.length, 1);
+});
+
+test("what the server cancels is not repeated", async () => {
+  refusals = [new ConnectError("cancelled", Code.Canceled)];
+  await assert.rejects(withClient(score), { code: Code.Canceled });
+  assert.equal(seen.length, 1);
+});
+
 test("what is full for good, or pushed back, is not repeated", async () => {
   refusals = [new ConnectError("store full", Code.ResourceExhausted)];
   await assert.rejects(withClient(score), { code: Code.ResourceExhausted });
@@ -129,9 +182,9 @@ test("what may have been done is repeated only with a request id", async () => {
 });
 
 test("the deadline ends the repeats", async () => {
-  refusals = [full(0.9)];
+  refusals = [full(60)];
   await assert.rejects(
-    withClient((client) => client.score("a", ["b"], { timeoutMs: 200 })),
+    withClient((client) => client.score("a", ["b"], { timeoutMs: 1500 })),
     { code: Code.DeadlineExceeded },
   );
   assert.equal(seen.length, 1);

@@ -15,6 +15,8 @@ Metadata-Version: 2.4
 Name: manyhats
 Version: 9
 Requires-Python: >={python}
+Provides-Extra: server
+Provides-Extra: s3
 Requires-Dist: typer>=0.1
 Requires-Dist: a-package-nobody-has>=1; extra == "server"
 Requires-Dist: numpy>=999.1; extra == "server"
@@ -45,6 +47,8 @@ def test_missing_and_old_packages_fail_by_name(installed: Path) -> None:
     assert finding.text.endswith("(needs 999.1)")
     assert "manyhats[server]" in finding.advice
     assert only(look_at_packages("s3")).text == "all 2 are there"
+    unknown = only(look_at_packages("otel"))
+    assert (unknown.condition.value, "too old" in unknown.text) == ("failure", True)
 
 
 def test_a_python_that_is_too_old_fails(installed: Path) -> None:

@@ -30,7 +30,7 @@ from manyhats.server.http.app import make_app
 from manyhats.server.http.call import Surroundings
 from manyhats.server.http.port import HttpPort
 from manyhats.server.lifetime.config_file import make_config
-from manyhats.server.lifetime.process import running
+from manyhats.server.lifetime.serving import running
 from manyhats.server.lifetime.wiring import open_backend
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.answers import Answers

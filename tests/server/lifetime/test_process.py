@@ -29,7 +29,8 @@ from manyhats.engine.errors import ModelError
 from manyhats.engine.progress import Progress
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
-from manyhats.server.lifetime.process import Assemble, ShowProgress, serve
+from manyhats.server.lifetime.process import ShowProgress, serve
+from manyhats.server.lifetime.serving import Assemble
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.v1 import generation_pb2 as pb

@@ -1,13 +1,14 @@
-"""What a scrape costs, and that histograms by task are what prometheus_client's own would be."""
+"""What a scrape costs, and that metrics by task are what prometheus_client's own would be."""
 
 from __future__ import annotations
 
 import gzip
 import random
 import time
+from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, parser
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, parser
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
@@ -15,7 +16,7 @@ from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
 from manyhats.server.http.probes import Scrape
 from manyhats.server.observability.exposition import exposition
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.observability.task_histogram import TaskHistogram
+from manyhats.server.observability.task_series import TaskCounter, TaskHistogram
 from support.fakes.server import EchoEngine, MemoryStore, make_backend, make_record
 
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
@@ -36,22 +37,50 @@ def test_a_histogram_by_task_reads_as_the_librarys(accept: str) -> None:
         histogram.series(task).observe(amount, times)
         for _ in range(times):
             reference.labels(task).observe(amount)
-    read = (
-        openmetrics_parser.text_string_to_metric_families
-        if accept == OPEN_METRICS
-        else parser.text_string_to_metric_families
-    )
+    check_same(own, library, accept)
 
-    def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        families = list(read(text.decode()))
-        assert [(family.name, family.type) for family in families] == [("x_seconds", "histogram")]
-        return {(each.name, tuple(sorted(each.labels.items()))): each.value for each in families[0].samples}
+
+@pytest.mark.parametrize("accept", ["text/plain", OPEN_METRICS])
+def test_a_counter_by_task_reads_as_the_librarys(accept: str) -> None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    library, own = CollectorRegistry(), CollectorRegistry()
+    reference = Counter("x", "Some things.", ["task", "why"], registry=library)
+    counter = TaskCounter("x", "Some things.", "why")
+    own.register(counter)
+    rng = random.Random(7)
+    for _ in range(100):
+        values, amount = (rng.choice(("sql", "_base", "a.b-c")), rng.choice(("a", ""))), rng.randint(0, 9)
+        counter.series(*values).inc(amount)
+        reference.labels(*values).inc(amount)
+    check_same(own, library, accept)
+    counter.remove("sql")
+    reference.remove_by_labels({"task": "sql"})
+    check_same(own, library, accept)
+    (metric,) = own.restricted_registry(["x_total"]).collect()
+    assert len(metric.samples) == 4
+
+
+def check_same(own: CollectorRegistry, library: CollectorRegistry, accept: str) -> None:
+    """What is read of the two is the same, name by name, type by type."""
+    is_open = accept == OPEN_METRICS
+    read = (openmetrics_parser if is_open else parser).text_string_to_metric_families
+
+    def families(text: bytes) -> dict[tuple[str, str, str], dict[Any, float]]:
+        return {
+            (family.name, family.type, family.documentation): {
+                (each.name, tuple(sorted(each.labels.items()))): each.value for each in family.samples
+            }
+            for family in read(text.decode())
+        }
 
     encode, wanted_type = choose_encoder(accept)
     content_type, text = exposition(own, accept)
+    wanted = families(encode(library))
+    found = families(text)
     assert content_type == wanted_type
-    assert samples(text) == pytest.approx(samples(encode(library)))
-    assert samples(encode(own)) == samples(text)
+    assert found.keys() == wanted.keys()
+    assert all(found[key] == pytest.approx(wanted[key]) for key in wanted)
+    assert families(encode(own)) == found
 
 
 def crowded() -> Metrics:

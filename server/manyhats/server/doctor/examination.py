@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as HangError
 from typing import TypeVar
@@ -13,6 +14,7 @@ from manyhats.server.access.errors import ConfigError
 from manyhats.server.doctor.access import look_at_tls, look_at_tokens
 from manyhats.server.doctor.finding import Condition, Finding, failure, ok
 from manyhats.server.doctor.ports import look_at_event_loop, look_at_files, look_at_ports
+from manyhats.server.doctor.traces import look_at_traces
 from manyhats.server.lifetime.cgroup import Cgroup
 from manyhats.server.lifetime.config import ServeConfig
 
@@ -40,6 +42,7 @@ def examine(config: ServeConfig, *, is_running: bool = False) -> Iterator[Findin
     yield from _each("TLS", lambda: look_at_tls(config))
     if not is_running:
         yield from _each("ports", lambda: look_at_ports(config))
+    yield from _each("traces", lambda: look_at_traces(os.environ))
     yield from _each("event loop", look_at_event_loop)
     yield from _each("open files", look_at_files)
 

@@ -119,7 +119,9 @@ def cannot_write(directory: Path) -> str:
     if not existing.is_dir():
         return f"cannot be made: {existing} is not a directory"
     if existing != directory:
-        return "" if os.access(existing, os.W_OK | os.X_OK) else f"cannot be made: {existing} is not writable"
+        by_user = os.access in os.supports_effective_ids  # the one that a server would run as
+        may = os.access(existing, os.W_OK | os.X_OK, effective_ids=by_user)
+        return "" if may else f"cannot be made: {existing} is not writable"
     try:
         with tempfile.TemporaryFile(dir=directory):
             return ""

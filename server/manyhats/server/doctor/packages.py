@@ -28,6 +28,11 @@ def look_at_python() -> Iterator[Finding]:
 
 def look_at_packages(extra: str) -> Iterator[Finding]:
     """Whether the packages of an extra are there, in versions that are new enough."""
+    subject = f"packages of {_DISTRIBUTION}[{extra}]"
+    advice = f"install {_DISTRIBUTION}[{extra}] from the checkout or wheel that it came from"
+    if extra not in metadata.metadata(_DISTRIBUTION).json.get("provides_extra", ()):
+        yield failure(subject, "this installation is too old to know them", advice)
+        return
     missing, old, num_needed = [], [], 0
     for name, least in _needed(extra):
         num_needed += 1
@@ -38,11 +43,9 @@ def look_at_packages(extra: str) -> Iterator[Finding]:
             continue
         if _numbers(found) < _numbers(least):
             old.append(f"{name} {found} (needs {least})")
-    subject = f"packages of {_DISTRIBUTION}[{extra}]"
     parts = [f"missing: {', '.join(missing)}"] if missing else []
     parts += [f"too old: {', '.join(old)}"] if old else []
     if parts:
-        advice = f"install {_DISTRIBUTION}[{extra}] from the checkout or wheel that it came from"
         yield failure(subject, "; ".join(parts), advice)
     else:
         yield ok(subject, f"all {num_needed} are there")

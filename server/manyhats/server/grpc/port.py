@@ -91,8 +91,7 @@ class GrpcPort:
         tokens: TokenFile | None = None,
         limits: GrpcLimits = GrpcLimits(),
     ) -> None:
-        gate, metrics = calls.gate, calls.metrics
-        self.health = HealthFollower(gate, SERVICES)
+        self.health = HealthFollower(calls.gate, SERVICES)
         answers = Answers(unread_limit_s=limits.unread_limit_s, max_bytes=limits.max_answer_bytes)
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(calls, answers, tokens)],
@@ -103,16 +102,7 @@ class GrpcPort:
             ),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )
-        # The interceptor passes them a call instead of gRPC's context.
-        generation: Any = GenerationService(gate, metrics)
-        encoding: Any = EncodingService(gate, metrics)
-        adapters: Any = AdapterService(gate, metrics)
-        info: Any = ServerService(gate, MAX_REQUEST_BYTES)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        encoding_pb2_grpc.add_EncodingServiceServicer_to_server(encoding, self._server)
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(info, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        add_services(self._server, calls, self.health)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)
         self.address = self._bind(host, port, tls)
@@ -136,6 +126,20 @@ class GrpcPort:
     async def stop(self, grace_s: float) -> None:
         """Accept no new calls, and cancel those still running after ``grace_s``."""
         await self._server.stop(grace_s)
+
+
+def add_services(server: grpc.aio.Server, calls: Calls, health: HealthFollower) -> None:
+    """Register all services on a server, whose interceptor passes them a call instead of gRPC's context."""
+    gate, metrics = calls.gate, calls.metrics
+    generation: Any = GenerationService(gate, metrics)
+    encoding: Any = EncodingService(gate, metrics)
+    adapters: Any = AdapterService(gate, metrics)
+    info: Any = ServerService(gate, MAX_REQUEST_BYTES)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+    encoding_pb2_grpc.add_EncodingServiceServicer_to_server(encoding, server)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(info, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:

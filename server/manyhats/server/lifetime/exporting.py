@@ -24,13 +24,9 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
     Raises:
         ConfigError: the extra ``otel`` is not installed; or the collector is to be spoken to by another protocol.
     """
-    setting = next((name for name in ENDPOINTS if environment.get(name)), None)
-    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if setting is None or is_off or environment.get("OTEL_TRACES_EXPORTER", "") == "none":
+    setting = collector_setting(environment)
+    if setting is None:
         return None
-    for name in _PROTOCOLS:
-        if environment.get(name, "grpc") not in ("", "grpc"):
-            raise ConfigError(name, f"traces are exported by grpc, not by {environment[name]}")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -41,3 +37,19 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
             setting, "traces need the extra otel: pip install 'manyhats[otel]', or unset it"
         ) from error
     return Tracing(BatchSpanProcessor(OTLPSpanExporter()), version("manyhats"))
+
+
+def collector_setting(environment: Mapping[str, str]) -> str | None:
+    """The variable that has the collector's address; None if no traces are to be made.
+
+    Raises:
+        ConfigError: the collector is to be spoken to by another protocol.
+    """
+    setting = next((name for name in ENDPOINTS if environment.get(name)), None)
+    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if setting is None or is_off or environment.get("OTEL_TRACES_EXPORTER", "") == "none":
+        return None
+    for name in _PROTOCOLS:
+        if environment.get(name, "grpc") not in ("", "grpc"):
+            raise ConfigError(name, f"traces are exported by grpc, not by {environment[name]}")
+    return setting

@@ -3,67 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
-from prometheus_client import disable_created_metrics
 
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
-from manyhats.engine.threads.apart import in_thread
-from manyhats.engine.threads.openmp import in_own_thread
 from manyhats.server.access.addresses import is_loopback
 from manyhats.server.access.errors import ServerError
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.app import make_app
-from manyhats.server.http.call import Surroundings
 from manyhats.server.http.connection import ConnectionLimits
 from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.exporting import open_tracing
-from manyhats.server.lifetime.hang import end_at_once, end_when_hung
+from manyhats.server.lifetime.hang import end_at_once
+from manyhats.server.lifetime.serving import (
+    STOP_LIMIT_S,
+    Assemble,
+    Serving,
+    Started,
+    prepare_process,
+    running,
+)
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
-from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
-from manyhats.server.observability.metrics import Metrics
+from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both
 from manyhats.server.observability.timed_loop import TimedLoop
-from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend
-from manyhats.server.service.call import Calls
-from manyhats.server.service.following import StoreFollower
-from manyhats.server.service.gate import Gate
-from manyhats.server.service.registrations import Registrations
 
-if TYPE_CHECKING:
-    from manyhats.adapters.store.store import AdapterStore
-
-Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BY_SIGNAL = 128
 """Plus the signal's number: the signal came before the server was ready."""
-# How long loading, compiling or the engine's step may take to end before it is abandoned.
-_STOP_LIMIT_S = 0.8
-_EXPORT_LIMIT_S = 2.0  # of the last spans
-_MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
-# Events that progress bars also show, and whose lines would cut through them.
-_loading_log = structlog.get_logger("manyhats.loading")
 
 
 async def serve(
@@ -85,13 +69,9 @@ async def serve(
         0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
         before the server was ready. If engine or store hang, it does not return: the process ends (``hang.py``).
     """
-    configure_logs(config.log_format, config.log_level)
-    # A text is tokenized on the calling thread (``TextThreads``), not on one thread per processor.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Process-wide: a creation time per series would double their number.
-    disable_created_metrics()  # type: ignore[no-untyped-call]
+    prepare_process(config)
     try:
-        process = _Process(config, assemble or _open_backend, show_progress)
+        process = _Process(config, Serving(config, assemble), show_progress)
         code = await process.run()
         if process.is_held_up:
             end_at_once(code)
@@ -101,29 +81,16 @@ async def serve(
         return EXIT_FAILED
 
 
-def _open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
-    # Imported here, in the worker thread: the engine takes seconds to import, and the ports are open by then.
-    from manyhats.server.lifetime.wiring import open_backend
-
-    return open_backend(config, metrics, progress)
-
-
 class _Process:
-    def __init__(self, config: ServeConfig, assemble: Assemble, show_progress: ShowProgress | None) -> None:
+    def __init__(self, config: ServeConfig, serving: Serving, show_progress: ShowProgress | None) -> None:
         self._config = config
-        self._assemble = assemble
+        self._serving = serving
         self._show_progress = show_progress or (lambda: nullcontext(no_progress))
         self._begin_s = time.monotonic()
         self._progress = ProgressLog()
         self._connections = connection_limits(raise_file_limit())
-        self._metrics = Metrics(max_task_labels=config.max_task_labels)
-        # More than the engine accepts, so that it is the engine that reports a full queue.
-        max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
-        self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
-        self._tracing = open_tracing()
-        self._calls = Calls(self._gate, self._metrics, self._tracing)
+        self._metrics, self._gate = serving.metrics, serving.gate
         self._stop = StopSignals()
-        self._store: AdapterStore | None = None
 
     async def run(self) -> int:
         async with AsyncExitStack() as stack:
@@ -131,8 +98,7 @@ class _Process:
             loop = asyncio.get_running_loop()
             if isinstance(loop, TimedLoop):
                 loop.on_turn = self._metrics.turn
-            stack.callback(self._close_store)
-            stack.push_async_callback(self._close_tracing)
+            stack.push_async_callback(self._serving.close)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
             if tls is not None:
                 stack.enter_context(running(tls.follow_expiry()))
@@ -161,31 +127,15 @@ class _Process:
             if started is None:
                 self._say_interrupted()
                 return EXIT_BY_SIGNAL + self._stop.number
-            backend, registrations = started.backend, started.registrations
-            _leave_to_no_collection()
-            end_when_hung(backend.engine, self._config.hang_limit_s)
-            self._gate.open(backend)
+            self._serving.open(stack, started)
             await grpc_port.health.publish()
-            self._announce(backend, Addresses(grpc_port.address, http.address))
-            follower = StoreFollower(backend, registrations, period_s=self._config.store_poll_s)
-            stack.enter_context(running(follower.follow()))
+            self._announce(started.backend, Addresses(grpc_port.address, http.address))
             return await self._serve(grpc_port)
 
     @property
     def is_held_up(self) -> bool:
         """Whether threads that wait for the store are left, for which Python would wait as the process ends."""
         return self._gate.is_store_busy
-
-    async def _close_tracing(self) -> None:
-        """Export the last spans, unless whoever gets them takes long."""
-        if self._tracing is not None:
-            closing = asyncio.wrap_future(in_thread(self._tracing.close, "tracing"))
-            await asyncio.wait({closing}, timeout=_EXPORT_LIMIT_S)
-
-    def _close_store(self) -> None:
-        """Last: calls that end as the ports close may still use it."""
-        if self._store is not None:
-            self._store.close()
 
     def _metrics_port(self, tls: ServerTls | None) -> MetricsPort | None:
         config = self._config
@@ -200,13 +150,8 @@ class _Process:
 
     def _http_port(self, tls: ServerTls | None, tokens: TokenFile | None) -> HttpPort:
         config = self._config
-        around = Surroundings(
-            calls=self._calls,
-            answers=Answers(unread_limit_s=config.engine.unread_limit_s),
-            tokens=tokens,
-            needs_certificate=config.tls_client_ca is not None and not config.http_insecure,
-            is_lenient=config.openai_lenient,
-        )
+        needs_certificate = config.tls_client_ca is not None and not config.http_insecure
+        around = self._serving.surroundings(tokens, needs_certificate=needs_certificate)
         is_local = is_loopback(config.host) and tokens is None
         return HttpPort(
             make_app(around, origins=config.cors_origins, is_local=is_local, has_page=config.page),
@@ -221,7 +166,7 @@ class _Process:
     def _grpc_port(self, tls: ServerTls | None, tokens: TokenFile | None) -> GrpcPort:
         config = self._config
         return GrpcPort(
-            self._calls,
+            self._serving.calls,
             host=config.host,
             port=config.grpc_port,
             tls=tls,
@@ -238,7 +183,7 @@ class _Process:
         if not self._stop.first.is_set():
             return await starting
         self._progress.stop()  # a thread that loads or compiles ends at its next report
-        await asyncio.wait({starting}, timeout=_STOP_LIMIT_S)
+        await asyncio.wait({starting}, timeout=STOP_LIMIT_S)
         starting.cancel()
         await asyncio.wait({starting})
         if not starting.cancelled() and not isinstance(starting.exception(), LoadingStopped | None):
@@ -246,25 +191,9 @@ class _Process:
         return None
 
     async def _start(self, stack: AsyncExitStack) -> Started:
-        """Load the model, start the engine, register."""
         with self._show_progress() as shown:
-            progress = both(self._progress, shown)
-            backend = await in_own_thread(self._assemble, self._config, self._metrics, progress)
-            self._store = backend.store
-            _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
-            await backend.engine.start()
-        stack.push_async_callback(backend.engine.stop, 0.0, _STOP_LIMIT_S)
-        registrations = Registrations(backend, self._metrics)
-        await self._register_all(backend, registrations)
-        return Started(backend, registrations)
-
-    async def _register_all(self, backend: Backend, registrations: Registrations) -> None:
-        self._metrics.attach(backend)
-        registrations.count_all()
-        for task_id, uri in self._config.register.items():
-            record = (await registrations.register(Registration(task_id, Uri(uri)))).record
-            _log.info("registered", adapter=record.name, digest=record.digest)
-        await registrations.follow_pins()
+            backend = await self._serving.load(stack, both(self._progress, shown))
+        return await self._serving.register(backend)
 
     async def _serve(self, grpc_port: GrpcPort) -> int:
         health = asyncio.create_task(grpc_port.health.follow_until_dead())
@@ -294,33 +223,6 @@ class _Process:
     def _announce(self, backend: Backend, addresses: Addresses) -> None:
         seconds = round(time.monotonic() - self._begin_s, 3)
         print(ready_line(self._config, backend, addresses, seconds), flush=True)
-
-
-def _leave_to_no_collection() -> None:
-    """Exclude existing objects from garbage collection for good: half a million, which live until the end.
-
-    A collection of all of them stops every thread, and so every stream, for a quarter of a second.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-@contextmanager
-def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
-    """Run something in the background while this is entered."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The result of a start."""
-
-    backend: Backend
-    registrations: Registrations
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,13 @@ from manyhats.engine.output import StepOutput, StepStats, Usage
 from manyhats.engine.residency.tiers import Tier
 from manyhats.server.observability.live import LiveMetrics
 from manyhats.server.observability.ports import HttpConnections, PortMetrics
-from manyhats.server.observability.task_histogram import TaskHistogram, TaskSeries
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
+from manyhats.server.observability.task_series import (
+    CounterSeries,
+    HistogramSeries,
+    TaskCounter,
+    TaskHistogram,
+)
 
 if TYPE_CHECKING:
     from manyhats.server.access.tls import ServerTls
@@ -47,21 +52,23 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels = TaskLabels(max_task_labels)
         self._versions = TaskVersions()
-        self._requests = self._counter(
-            "requests", "Calls, by task, RPC and status code.", "task", "method", "code"
+        self._requests = self._task_counter(
+            "requests", "Calls, by task, RPC and status code.", "method", "code"
         )
-        self._request_seconds = self._by_task(
+        self._request_seconds = self._task_histogram(
             "request_seconds", "Generate, GenerateStream and Score, first to last byte.", _REQUEST_BUCKETS
         )
-        self._first_token = self._by_task(
+        self._first_token = self._task_histogram(
             "time_to_first_token_seconds", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS
         )
-        self._inter_token = self._by_task(
+        self._inter_token = self._task_histogram(
             "inter_token_seconds", "Between two tokens of one request.", _INTER_TOKEN_BUCKETS
         )
-        self._queue = self._by_task("queue_seconds", "From acceptance to the first step.", _QUEUE_BUCKETS)
-        self._generations = self._counter(
-            "generations", "Generations that ended well, by task and why they ended.", "task", "finish_reason"
+        self._queue = self._task_histogram(
+            "queue_seconds", "From acceptance to the first step.", _QUEUE_BUCKETS
+        )
+        self._generations = self._task_counter(
+            "generations", "Generations that ended well, by task and why they ended.", "finish_reason"
         )
         # Not by task: what memory and batches are sized by, and lengths by task are known on average.
         self._prompt_lengths = self._histogram(
@@ -70,18 +77,18 @@ class Metrics:
         self._output_lengths = self._histogram(
             "request_generated_tokens", "Tokens of one generation that ended well.", _LENGTH_BUCKETS
         )
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.", "task")
-        self._generated_tokens = self._counter("generated_tokens", "Tokens generated.", "task")
-        self._draft_tokens = self._counter(
-            "draft_tokens", "Tokens guessed and computed ahead, counted when the answer ends.", "task"
+        self._prompt_tokens = self._task_counter("prompt_tokens", "Prompt tokens of requests that began.")
+        self._generated_tokens = self._task_counter("generated_tokens", "Tokens generated.")
+        self._draft_tokens = self._task_counter(
+            "draft_tokens", "Tokens guessed and computed ahead, counted when the answer ends."
         )
-        self._accepted_draft_tokens = self._counter(
-            "accepted_draft_tokens", "Those of them that came; part of the tokens generated.", "task"
+        self._accepted_draft_tokens = self._task_counter(
+            "accepted_draft_tokens", "Those of them that came; part of the tokens generated."
         )
-        self._encoded_tokens = self._counter(
-            "tokens_encoded", "Tokens of texts that were read, counted when the call ends.", "task"
+        self._encoded_tokens = self._task_counter(
+            "tokens_encoded", "Tokens of texts that were read, counted when the call ends."
         )
-        self._of_tokens: dict[str, tuple[Counter, TaskSeries]] = {}  # label → series that exist
+        self._of_tokens: dict[str, tuple[CounterSeries, HistogramSeries]] = {}  # label → series that exist
         self._turn_seconds = self._histogram(
             "event_loop_turn_seconds",
             "One turn of the event loop, which sends nothing else meanwhile.",
@@ -134,7 +141,12 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"manyhats_{name}", help_text, labels, buckets=buckets, registry=self.registry)
 
-    def _by_task(self, name: str, help_text: str, buckets: Sequence[float]) -> TaskHistogram:
+    def _task_counter(self, name: str, help_text: str, *others: str) -> TaskCounter:
+        counter = TaskCounter(f"manyhats_{name}", help_text, *others)
+        self.registry.register(counter)
+        return counter
+
+    def _task_histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> TaskHistogram:
         histogram = TaskHistogram(f"manyhats_{name}", help_text, buckets)
         self.registry.register(histogram)
         return histogram
@@ -158,7 +170,7 @@ class Metrics:
     def call_finished(self, method: str, task_id: str | None, code: str, seconds: float | None) -> None:
         """Count a call that ended; ``task_id`` is None for calls about no task, ``seconds`` is None if not measured."""
         label = "" if task_id is None else self._labels.label(task_id)
-        self._requests.labels(label, method, code).inc()
+        self._requests.series(label, method, code).inc()
         if seconds is not None:
             self._request_seconds.series(label).observe(seconds)
 
@@ -168,7 +180,7 @@ class Metrics:
         generated, inter_token = self._of_tokens.get(label) or self._series_of_tokens(label)
         generated.inc(num_tokens)
         if output.finish_reason is not None:
-            self._generations.labels(label, output.finish_reason.value).inc()
+            self._generations.series(label, output.finish_reason.value).inc()
             self._output_lengths.observe(output.usage.generated_tokens)
         if is_first:
             self._began(label, output.usage)
@@ -177,9 +189,9 @@ class Metrics:
         if num_tokens:
             inter_token.observe(waited_s / num_tokens, num_tokens)
 
-    def _series_of_tokens(self, label: str) -> tuple[Counter, TaskSeries]:
+    def _series_of_tokens(self, label: str) -> tuple[CounterSeries, HistogramSeries]:
         """What every token is counted in; found once, as it takes longer than counting."""
-        series = self._generated_tokens.labels(label), self._inter_token.series(label)
+        series = self._generated_tokens.series(label), self._inter_token.series(label)
         self._of_tokens[label] = series
         return series
 
@@ -187,8 +199,8 @@ class Metrics:
         """Count what was guessed of an answer that ended, however it did."""
         if usage.draft_tokens:
             label = self._labels.label(task_id)
-            self._draft_tokens.labels(label).inc(usage.draft_tokens)
-            self._accepted_draft_tokens.labels(label).inc(usage.accepted_draft_tokens)
+            self._draft_tokens.series(label).inc(usage.draft_tokens)
+            self._accepted_draft_tokens.series(label).inc(usage.accepted_draft_tokens)
 
     def scored(self, task_id: str, usage: Usage) -> None:
         """Count a scoring that ended."""
@@ -197,11 +209,11 @@ class Metrics:
     def encoded(self, task_id: str, usage: Usage) -> None:
         """Count an encoding that ended."""
         self._began(self._labels.label(task_id), usage)
-        self._encoded_tokens.labels(self._labels.label(task_id)).inc(usage.prompt_tokens)
+        self._encoded_tokens.series(self._labels.label(task_id)).inc(usage.prompt_tokens)
 
     def _began(self, label: str, usage: Usage) -> None:
         self._queue.series(label).observe(usage.queue_s)
-        self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
+        self._prompt_tokens.series(label).inc(usage.prompt_tokens)
         self._prompt_lengths.observe(usage.prompt_tokens)
 
     def step(self, stats: StepStats) -> None:
@@ -236,7 +248,7 @@ class Metrics:
             self._labels.add(task_id)
             return
         self._labels.remove(task_id)
-        for counter in (
+        for metric in (
             self._requests,
             self._generations,
             self._prompt_tokens,
@@ -244,8 +256,10 @@ class Metrics:
             self._draft_tokens,
             self._accepted_draft_tokens,
             self._encoded_tokens,
+            self._request_seconds,
+            self._first_token,
+            self._inter_token,
+            self._queue,
         ):
-            counter.remove_by_labels({"task": task_id})
-        for histogram in (self._request_seconds, self._first_token, self._inter_token, self._queue):
-            histogram.remove(task_id)
+            metric.remove(task_id)
         self._of_tokens.pop(task_id, None)

@@ -1,0 +1,1 @@
+"""Replicas of a server as a deployment of Ray Serve, which opens the ports and chooses the replica of each call."""
