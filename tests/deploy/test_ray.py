@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 import random
 import re
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +18,29 @@ import httpx2
 import pytest
 import yaml
 
-from manyhats.client import AsyncClient, Credentials, ManyhatsError
+from manyhats.client import AsyncClient, ManyhatsError
 from manyhats.server.access.tokens import new_token
 from manyhats.server.lifetime.config_file import make_config
-from manyhats.v1 import generation_pb2
-from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from restart_under_load import describe_model
 from support.factories.adapters import make_lora
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine_server import served_ports
-from support.servers.ray_serve import NUM_REPLICAS, RayServe, running_ray
+from support.harnesses.ray_cluster import (
+    MODEL_KEY,
+    PROMPT,
+    TASKS,
+    Cluster,
+    Load,
+    answers,
+    register_all,
+    token_entries,
+    until,
+)
+from support.servers.ray_serve import NUM_REPLICAS, running_ray
 
 pytestmark = pytest.mark.deploy
 
-TASKS = [f"task{index:03}" for index in range(200)]
-PROMPT = "ab"
-MODEL_KEY = "multiplexed_model_id"
-CHUNK = 8
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Two replicas, with all tasks registered.
-
-    Attributes:
-        settings: of each.
-        tokens: caller → token: of one who may do everything, and of one who may call one task.
-    """
-
-    serve: RayServe
-    settings: dict[str, Any]
-    tokens: dict[str, str]
-
-    @asynccontextmanager
-    async def client(self, caller: str = "ops", **options: Any) -> AsyncIterator[AsyncClient]:
-        credentials = Credentials(token=self.tokens[caller])
-        async with AsyncClient(self.serve.grpc, timeout_s=60, credentials=credentials, **options) as client:
-            yield client
-
-    @asynccontextmanager
-    async def http(self) -> AsyncIterator[httpx2.AsyncClient]:
-        headers = {"authorization": f"Bearer {self.tokens['ops']}"}
-        base = f"http://{self.serve.http}"
-        async with httpx2.AsyncClient(base_url=base, headers=headers, timeout=60) as client:
-            yield client
-
-    async def metrics(self, task: str) -> str:
-        """Of the replica that has a task."""
-        async with self.http() as http:
-            answer = await http.get("/metrics", headers={"serve_multiplexed_model_id": task})
-            return answer.text
+NUM_CALLERS = 8
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +70,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         found = Cluster(serve, settings, tokens)
         asyncio.run(register_all(found))
         yield found
-
-
-def token_entries(tokens: dict[str, str]) -> list[dict[str, object]]:
-    digests = {name: hashlib.sha256(token.encode()).hexdigest() for name, token in tokens.items()}
-    return [
-        {"name": "ops", "sha256": digests["ops"], "roles": ["generate", "manage"]},
-        {"name": "one", "sha256": digests["one"], "roles": ["generate"], "tasks": [TASKS[0]]},
-    ]
-
-
-async def register_all(cluster: Cluster) -> None:
-    async with cluster.client() as client:
-        await client.wait_ready(60)
-        for task in TASKS:
-            await client.register_adapter(task, task)
-
-
-async def answers(cluster: Cluster, task: str, **metadata: str) -> generation_pb2.GenerateResponse:
-    """A call that carries what is given, and no task but the message's."""
-    authorization = ("authorization", f"Bearer {cluster.tokens['ops']}")
-    async with grpc.aio.insecure_channel(cluster.serve.grpc) as channel:
-        stopping = generation_pb2.StoppingParams(max_new_tokens=4)
-        request = generation_pb2.GenerateRequest(text=PROMPT, task_id=task, stopping=stopping)
-        stub: Any = GenerationServiceStub(channel)
-        found: generation_pb2.GenerateResponse = await stub.Generate(
-            request, metadata=(authorization, *metadata.items())
-        )
-        return found
 
 
 async def test_answers_are_those_of_a_plain_server(cluster: Cluster) -> None:
@@ -221,12 +163,12 @@ async def num_loads(cluster: Cluster, num_calls: int, seed: int, **metadata: str
 
     async def call() -> None:
         nonlocal loads
-        for task in itertools.islice(tasks, num_calls // CHUNK):
+        for task in itertools.islice(tasks, num_calls // NUM_CALLERS):
             told = metadata or {"x-manyhats-task": task}
             response = await answers(cluster, task, **told)
             loads += response.usage.adapter_load_ms > 0
 
-    await asyncio.gather(*(call() for _ in range(CHUNK)))
+    await asyncio.gather(*(call() for _ in range(NUM_CALLERS)))
     return loads
 
 
@@ -316,14 +258,6 @@ async def test_cancelled_and_late_calls_end_in_the_replica(cluster: Cluster) -> 
         await until_idle(cluster, TASKS[3])
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if is_so():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError("not within a minute")
-
-
 async def until_idle(cluster: Cluster, task: str) -> None:
     """Wait until the replica that has a task runs nothing, for less time than the calls would take."""
     end_s = time.monotonic() + 2
@@ -334,50 +268,8 @@ async def until_idle(cluster: Cluster, task: str) -> None:
         await asyncio.sleep(0.05)
 
 
-@dataclass
-class Load:
-    """Calls without pause, unary ones and streams in turn.
-
-    Attributes:
-        ended: "" or the error of each, and whether a part of a stream had come.
-    """
-
-    cluster: Cluster
-    retries: bool
-    ended: list[tuple[str, bool]] = field(default_factory=list)
-    is_over: bool = False
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        async with self.cluster.client(retries=self.retries) as client:
-            calling = [asyncio.create_task(self._call(client, number)) for number in range(8)]
-            await until(lambda: len(self.ended) >= 50)
-            yield
-            self.is_over = True
-            await asyncio.gather(*calling)
-
-    async def _call(self, client: AsyncClient, number: int) -> None:
-        options: Any = {"max_new_tokens": 16, "ignore_eos": True}
-        for index in itertools.count(number):
-            if self.is_over:
-                return
-            task, has_begun = TASKS[index % 40], False
-            try:
-                if index % 2:
-                    await client.generate(PROMPT, task_id=task, **options)
-                else:
-                    async for _ in client.generate_stream(PROMPT, task_id=task, **options):
-                        has_begun = True
-                self.ended.append(("", has_begun))
-            except ManyhatsError as error:
-                self.ended.append((f"{error.code}: {error}", has_begun))
-
-    def errors(self) -> list[tuple[str, bool]]:
-        return [each for each in self.ended if each[0]]
-
-
 async def test_calls_of_a_replica_that_is_killed_are_answered_by_the_other(cluster: Cluster) -> None:
-    load = Load(cluster, retries=True)
+    num_starts, load = cluster.serve.num_starts(), Load(cluster, retries=True)
     async with load.running():
         num_ended, kill_s = len(load.ended), time.monotonic()
         cluster.serve.replicas()[0].kill()
@@ -385,7 +277,7 @@ async def test_calls_of_a_replica_that_is_killed_are_answered_by_the_other(clust
         print(f"100 calls in {time.monotonic() - kill_s:.1f} s; failed: {load.errors()}")
     assert [each for each in load.errors() if not each[1]] == []
     assert all(error.startswith("UNAVAILABLE") for error, _ in load.errors())
-    await asyncio.to_thread(cluster.serve.wait_until_ready, NUM_REPLICAS + 1)  # Serve has started another
+    await asyncio.to_thread(cluster.serve.wait_until_ready, num_starts + 1)  # Serve has started another
 
 
 async def test_a_replica_that_is_no_longer_wanted_ends_its_calls_first(cluster: Cluster) -> None:
@@ -394,4 +286,18 @@ async def test_a_replica_that_is_no_longer_wanted_ends_its_calls_first(cluster: 
     async with load.running():
         await asyncio.to_thread(cluster.serve.deploy, 1)
         await until(lambda: len(cluster.serve.replicas()) == 1)
+    assert load.errors() == []
+
+
+async def test_a_replica_is_added_where_one_has_too_much_to_do(cluster: Cluster) -> None:
+    await asyncio.to_thread(cluster.serve.deploy, 1)
+    await until(lambda: len(cluster.serve.replicas()) == 1)
+    num_starts, load = cluster.serve.num_starts(), Load(cluster, retries=False)
+    async with load.running():
+        scaling = {"target_ongoing_requests": 2, "upscale_delay_s": 1}
+        await asyncio.to_thread(cluster.serve.deploy, 1, NUM_REPLICAS, **scaling)
+        await asyncio.to_thread(cluster.serve.wait_until_ready, num_starts + 1)
+        num_ended = len(load.ended)
+        await until(lambda: len(load.ended) >= num_ended + 50)
+    assert len(cluster.serve.replicas()) == NUM_REPLICAS
     assert load.errors() == []

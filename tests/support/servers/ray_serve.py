@@ -51,14 +51,15 @@ class RayServe:
         process: ``serve run``, whose children are all of Ray's.
         grpc, http: addresses of its proxies.
         log: what it and the replicas print.
-        deploy: changes how many replicas there are, by ``serve deploy``.
+        deploy: changes how many replicas there are, by ``serve deploy``: as many as that, or up to ``at_most`` by what
+            they have to do; the rest are fields of the scaling.
     """
 
     process: subprocess.Popen[bytes]
     grpc: str
     http: str
     log: Path
-    deploy: Callable[[int], None]
+    deploy: Callable[..., None]
 
     def replicas(self) -> list[psutil.Process]:
         """Processes of replicas."""
@@ -83,10 +84,14 @@ class RayServe:
             assert time.monotonic() < end_s, homes
             time.sleep(0.2)
 
+    def num_starts(self) -> int:
+        """How often a replica has become ready."""
+        return self.log.read_text(encoding="utf-8", errors="replace").count("state=ready")
+
     def wait_until_ready(self, num_starts: int) -> None:
         """Wait until replicas have become ready that often since the beginning."""
         end_s = time.monotonic() + START_LIMIT_S
-        while self.log.read_text(encoding="utf-8", errors="replace").count("state=ready") < num_starts:
+        while self.num_starts() < num_starts:
             is_over = self.process.poll() is not None or time.monotonic() > end_s
             assert not is_over, self.log.read_text()[-4000:]
             time.sleep(0.5)
@@ -123,9 +128,9 @@ def running_ray(directory: Path, settings: Mapping[str, Any]) -> Iterator[RaySer
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=directory
         )
 
-    def deploy(num_replicas: int) -> None:
+    def deploy(num_replicas: int, at_most: int | None = None, **scaling: float) -> None:
         (dashboard,) = set(_DASHBOARD.findall(log.read_text(encoding="utf-8", errors="replace")))
-        file = _written(config, directory, num_replicas)
+        file = _written(config, directory, num_replicas, at_most, **scaling)
         again = [str(serve_program()), "deploy", "--address", dashboard, str(file)]
         subprocess.run(again, env={**environment, "RAY_AUTH_MODE": "token"}, cwd=directory, check=True)
 
@@ -138,11 +143,14 @@ def running_ray(directory: Path, settings: Mapping[str, Any]) -> Iterator[RaySer
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _written(config: dict[str, Any], directory: Path, num_replicas: int) -> Path:
+def _written(
+    config: dict[str, Any], directory: Path, num_replicas: int, at_most: int | None = None, **scaling: float
+) -> Path:
     """The configuration with as many replicas as that, in a file."""
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
-    deployment["autoscaling_config"] |= {"min_replicas": num_replicas, "max_replicas": num_replicas}
+    limits = {"min_replicas": num_replicas, "max_replicas": at_most or num_replicas}
+    deployment["autoscaling_config"] |= {**limits, **scaling}
     file = directory / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
