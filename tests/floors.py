@@ -26,7 +26,8 @@ from benchmarks.environments import make_once, python_of, run_step  # noqa: E402
 
 HOME = ROOT / ".deploy"
 TOOLS = ROOT / "tests/deploy/packaging.txt"
-EXTRAS = ("server", "train", "frame", "polars", "otel", "postgres", "s3")
+# S3 and GCS are left out: their libraries' lowest versions do not go with the one that tests take the other side from.
+EXTRAS = ("server", "train", "frame", "polars", "otel", "postgres")
 TESTS = (
     "tests/client",
     "tests/cli",

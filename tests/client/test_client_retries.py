@@ -123,23 +123,28 @@ def test_retries_can_be_turned_off(fake: FakeServer, do: Do) -> None:
     assert len(fake.requests) == 1
 
 
-def test_a_registration_is_tried_again_under_one_request_id(fake: FakeServer, do: Do, tmp_path: Path) -> None:
+def test_a_registration_is_tried_again_under_one_request_id(fake: FakeServer, do: Do) -> None:
     fake.status = make_status(CODE.UNAVAILABLE, "gone", reason="STORE_UNAVAILABLE", retry_after_s=0.01)
+    fake.num_failures = 2
+    assert do("register_adapter", "sql", "/a").created
+    first, *again = [request.request_id for request in fake.requests]  # type: ignore[attr-defined]
+    assert first
+    assert again == [first, first]
+    do("register_adapter", "sql", "/a")
+    assert fake.last_request.request_id not in ("", first)
+    do("register_adapter", "sql", "/a", request_id="mine")
+    assert fake.last_request.request_id == "mine"
+
+
+def test_an_upload_is_left_to_its_caller(fake: FakeServer, do: Do, tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "sql")
-    seen = []
-    for name, source in (("register_adapter", "/a"), ("upload_adapter", directory)):
+    for status in (full(0.01), make_status(CODE.UNAVAILABLE, "gone", retry_after_s=0.01)):
         fake.requests.clear()
-        fake.num_failures = 2
-        assert do(name, "sql", source).created
-        ids = [request.request_id for request in fake.requests]  # type: ignore[attr-defined]
-        assert len(ids) == 3
-        assert len(set(ids)) == 1
-        seen.append(ids[0])
-        do(name, "sql", source, request_id="mine")
-        assert fake.last_request.request_id == "mine"
-    assert len(set(seen)) == 2
-    assert all(seen)
-    assert fake.uploaded["adapter_model.safetensors"] == b"weights"
+        fake.status, fake.num_failures = status, 1
+        with pytest.raises(ManyhatsError):
+            do("upload_adapter", "sql", directory)
+        assert len(fake.requests) == 1
+        assert do("upload_adapter", "sql", directory).created
 
 
 def test_a_check_that_stores_nothing_has_no_request_id(fake: FakeServer, do: Do) -> None:

@@ -31,8 +31,8 @@ from support.servers.secure import make_pki
 
 pytestmark = pytest.mark.deploy
 
-TASKS = [f"task-{index}" for index in range(6)]
-# Two adapters have room, so that tasks take turns in memory.
+TASKS = [f"task-{index:02}" for index in range(12)]
+# Four adapters have room, and two more while all of those are in use: tasks take turns in memory.
 LITTLE_MEMORY = "300KiB"
 LIMIT_S = 60.0
 
@@ -60,7 +60,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``manyhats serve`` on a tiny model and six tasks, with certificate and tokens, so that all metrics are there."""
+    """``manyhats serve`` on a tiny model and many tasks, with certificate and tokens, so that all metrics are there."""
     directory = tmp_path_factory.mktemp("watched")
     base = make_checkpoint(directory / "base", seed=5)
     description = load_tiny(base).description

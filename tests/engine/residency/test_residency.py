@@ -248,6 +248,22 @@ def test_an_adapter_in_use_is_never_evicted() -> None:
     assert resident(residency) == {"d", "e"}
 
 
+def test_what_two_loads_took_beyond_the_memory_is_given_back_when_something_is_released() -> None:
+    residency, _ = make(num_slots=6, max_bytes=25)
+    first = acquire(residency, make_record("a"))
+    loading = [residency.lease(make_record(name), lambda: None) for name in ("b", "c")]
+    for name in ("b", "c"):
+        residency.fill(make_record(name))
+    assert residency.stats.resident_bytes == 30
+    first.release()
+    for lease in loading:
+        assert lease is not None
+        assert lease.adapter.loaded.done()
+        lease.release()
+    assert residency.stats.resident_bytes == 20
+    assert resident(residency) == {"b", "c"}
+
+
 def test_memory_is_freed_down_to_the_limit_but_for_what_is_in_use() -> None:
     residency, _ = make(num_slots=6, max_bytes=25)
     use(residency, "a", "b", "c")

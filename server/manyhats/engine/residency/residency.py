@@ -237,6 +237,8 @@ class AdapterResidency:
                 self._held.discard(adapter)
                 if adapter.is_forgotten:
                     self._drop(record.digest)
+                # But for itself: beside pinned ones that fill the memory, it would be loaded for each request.
+                self._shrink(but=record.digest)
         if is_idle:
             self._on_room()
 
@@ -271,7 +273,11 @@ class AdapterResidency:
             load_seconds=stats.load_seconds + seconds,
             resident_bytes=stats.resident_bytes + adapter.num_bytes,
         )
-        while self._stats.resident_bytes > self.max_bytes and self._evict():
+        self._shrink()
+
+    def _shrink(self, but: str = "") -> None:
+        """Keep to the memory: loads may have gone beyond it while everything was in use."""
+        while self._stats.resident_bytes > self.max_bytes and self._evict(but):
             pass
 
     def _has_room(self) -> bool:
@@ -286,10 +292,10 @@ class AdapterResidency:
                 return all(adapter.is_pinned for adapter in self._adapters.values())
         return True
 
-    def _evict(self) -> bool:
-        """Drop the least recently used adapter that may go; returns whether there was one."""
+    def _evict(self, but: str = "") -> bool:
+        """Drop the least recently used adapter that may go, ``but`` one; returns whether there was one."""
         for digest, adapter in self._adapters.items():
-            if adapter.is_evictable:
+            if adapter.is_evictable and digest != but:
                 self._drop(digest)
                 self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
                 return True
