@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 # Imported only where they are asked for, as object stores and databases, which have extras of their own; or never.
-OPTIONAL = {"opentelemetry", "s3fs", "gcsfs", "psycopg", "tensorboard", "_typeshed"}
+OPTIONAL = {"opentelemetry", "ray", "s3fs", "gcsfs", "psycopg", "tensorboard", "_typeshed"}
 DEVELOPERS_TOOLS = {
     "mypy",
     "ruff",
