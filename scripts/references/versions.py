@@ -31,7 +31,7 @@ def markdown() -> str:
     tested = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
     parts = [_table("The client and the command line", project["dependencies"], tested)]
     for extra, lines in project["optional-dependencies"].items():
-        if extra not in ("dev", "docs"):
+        if extra not in ("dev", "docs", "ray"):  # Ray is tested in an environment of its own: docs/ray.md
             parts.append(_table(f"{_TITLES.get(extra, extra)}: `[{extra}]`", lines, tested))
     return "\n".join(parts)
 
