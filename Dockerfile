@@ -1,5 +1,6 @@
 # The server with the CPU kernels. Build from the repository's root:
 #   docker build -t manyhats .
+# It runs as user 10001, who must be able to read what is mounted: chown -R 10001 secrets, or --user with one who can.
 # It listens on all of the container's addresses, so it starts only with a certificate and tokens, or with --insecure:
 #   docker run --rm --read-only --tmpfs /tmp -p 50051:50051 -p 8000:8000 -v manyhats:/var/lib/manyhats \
 #     -v ./secrets:/secrets:ro manyhats \

@@ -89,13 +89,15 @@ def test_tokens_for_tasks_that_are_there(make: Make, tmp_path: Path) -> None:
     assert (finding.condition.value, finding.text) == ("ok", "2, of which 1 may manage adapters")
 
 
-def test_a_glob_without_a_task_is_a_warning_unless_the_tasks_are_unknown(make: Make, tmp_path: Path) -> None:
+def test_a_name_without_a_task_is_a_warning_unless_the_tasks_are_unknown(make: Make, tmp_path: Path) -> None:
     file = tmp_path / "tokens.yaml"
     add_token(file, "ci", [Role.GENERATE], ["sql", "tldr", "team-*"])
     file.chmod(0o600)
-    (finding,) = bad(look_at_tokens(make(token_file=file), {"sql"}))
+    found = list(look_at_tokens(make(token_file=file), {"sql"}))
+    (finding,) = bad(found)
     assert finding.condition.value == "warning"
-    assert finding.text == "ci is for tldr, team-*, but the store has no such task"
+    assert finding.text == "ci is for tldr, but the store has no such task"
+    assert "ci is for team-*, which no task is called yet" in [each.text for each in found]
     assert bad(look_at_tokens(make(token_file=file), None)) == []
 
 

@@ -28,7 +28,8 @@ def look_at_tls(config: ServeConfig, now: datetime | None = None) -> Iterator[Fi
     try:
         identity = read_identity(files)
     except ConfigError as error:
-        yield failure("TLS", str(error), "give the certificate and the key that it was made for, both PEM")
+        advice = "both must be PEM, the key that of the certificate, and this user allowed to read them"
+        yield failure("TLS", str(error), advice)
         return
     for validity in identity.validities:
         yield _days(validity, now or datetime.now(UTC))
@@ -85,10 +86,14 @@ def look_at_tokens(config: ServeConfig, tasks: Collection[str] | None) -> Iterat
     yield ok("tokens", f"{len(callers)}, of which {num_managers} may manage adapters")
     for caller in callers if tasks is not None else ():
         idle = [glob for glob in caller.scope.globs or () if not _reaches_any(glob, tasks or ())]
-        if idle:
+        names = [glob for glob in idle if not set(glob) & set("*?[")]
+        patterns = [glob for glob in idle if glob not in names]  # often for tasks to come
+        if patterns:
+            yield ok("tokens", f"{caller.name} is for {', '.join(patterns)}, which no task is called yet")
+        if names:
             yield warning(
                 "tokens",
-                f"{caller.name} is for {', '.join(idle)}, but the store has no such task",
+                f"{caller.name} is for {', '.join(names)}, but the store has no such task",
                 "register the task, or correct the token file",
             )
 

@@ -88,6 +88,7 @@ def _store_and_tokens(config: ServeConfig) -> Iterator[Finding]:
         from manyhats.server.doctor import store
 
         yield from store.look_at_extras(config)
+        yield from store.look_at_roots(config)
         for found in _unless_hanging(lambda: list(store.look_at_store(config))):
             if isinstance(found, Finding):
                 yield found
@@ -112,5 +113,8 @@ def _each(subject: str, look: Looks) -> Iterator[Finding]:
         yield failure(
             subject, f"has not answered for {_HANG_S:.0f} s", "see whether its network and disks are up"
         )
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        yield failure(subject, text, "let this user read and write there, or give another place")
     except Exception as error:  # noqa: BLE001 - a server would meet the same error
         yield failure(subject, f"{type(error).__name__}: {error}", "a server would meet the same error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,8 +74,11 @@ def look_at_memory(model: ModelOnDisk | None, config: ServeConfig, cgroup: Cgrou
     cache = kv_cache_bytes(settings, model.family.architecture)
     at_start = _RUNTIME_BYTES + weights + cache
     at_most = at_start + settings.max_adapter_bytes
+    asked = settings.kv_cache_bytes
+    # Never more than all sequences can fill.
+    of = f" (of the {_size(asked)} given)" if cache < 0.9 * asked else ""
     text = (
-        f"model {_size(weights)}, KV cache {_size(cache)}, process {_size(_RUNTIME_BYTES)}, adapters up to"
+        f"model {_size(weights)}, KV cache {_size(cache)}{of}, process {_size(_RUNTIME_BYTES)}, adapters up to"
         f" {_size(settings.max_adapter_bytes)}; {_size(memory.available)} of {_size(memory.total)} available"
     )
     smaller = "--kv-cache-bytes, --kv-cache-dtype int8 and --adapter-memory-bytes make it less"
@@ -118,14 +120,12 @@ def cannot_write(directory: Path) -> str:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
         return f"cannot be made: {existing} is not a directory"
-    if existing != directory:
-        by_user = os.access in os.supports_effective_ids  # the one that a server would run as
-        may = os.access(existing, os.W_OK | os.X_OK, effective_ids=by_user)
-        return "" if may else f"cannot be made: {existing} is not writable"
     try:
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryDirectory(dir=existing):
             return ""
     except OSError as error:
+        if existing != directory:
+            return f"cannot be made: {existing} cannot be written ({error.strerror})"
         return f"cannot be written ({error.strerror})"
 
 

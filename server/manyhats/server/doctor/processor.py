@@ -42,6 +42,8 @@ def look_at_threads(report: ProcessorReport, config: ServeConfig, cgroup: Cgroup
     """Whether there are as many threads as processors, and what runs them."""
     available, quota = num_processors(), cgroup.processors()
     text = f"{report.num_threads} for {available} processors"
+    if (config.engine.num_threads or 0) > report.num_threads:
+        text += f" (of the {config.engine.num_threads} given)"
     if quota is not None and report.num_threads > -(-quota // 1):
         yield warning(
             "threads",

@@ -38,6 +38,14 @@ def look_at_extras(config: ServeConfig) -> Iterator[Finding]:
         yield from look_at_packages(extra)
 
 
+def look_at_roots(config: ServeConfig) -> Iterator[Finding]:
+    """Whether the directories that adapters may be registered from are there."""
+    for root in config.adapter_roots:
+        if not Path(root).is_dir():
+            text = f"--adapter-root {root} is not a directory: nothing can be registered from it"
+            yield warning("adapter roots", text, "make it, or correct the setting")
+
+
 def look_at_store(config: ServeConfig) -> Iterator[Finding | frozenset[str]]:
     """Whether the store can be used; also gives the tasks in it, if it can be read."""
     try:
