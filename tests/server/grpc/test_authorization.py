@@ -142,7 +142,8 @@ def test_every_method_of_every_service_has_a_rule_or_is_open() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
-    assert methods == CALLS.keys() | OPEN_METHODS
+    # An older health service has fewer.
+    assert methods | {"/grpc.health.v1.Health/List"} == CALLS.keys() | OPEN_METHODS
     names = Counter(name.rpartition("/")[2] for name in CALLS)
     assert set(names.values()) == {1}
     assert names.keys() <= RULES.keys()

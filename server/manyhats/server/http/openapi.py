@@ -12,7 +12,7 @@ import msgspec
 from manyhats.server.http.body import ByteStream
 from manyhats.server.http.multipart import FILE_FIELD, OPTIONS_FIELD
 from manyhats.server.http.operation import Operation
-from manyhats.server.http.probes import PROBES, is_ready
+from manyhats.server.http.probes import PROBES, is_ready, is_store_whole
 from manyhats.server.http.status import KINDS, ErrorAnswer
 
 _REF = "#/components/schemas/{name}"
@@ -189,6 +189,9 @@ def _probes() -> dict[str, Any]:
         if ask is is_ready:
             found[path] = _probe(name, "Whether a request would be served, and the server's state.", text)
             found[path]["responses"]["503"] = {"description": "It would not be served.", "content": text}
+        elif ask is is_store_whole:
+            found[path] = _probe(name, "Whether the store can be used, and for what it cannot.", text)
+            found[path]["responses"]["503"] = {"description": "It is lost.", "content": text}
         else:
             found[path] = _probe(name, "Whether the process lives.", text)
     return found
