@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from manyhats.engine.threads.openmp import sleep_soon
@@ -26,6 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["ENGINE_TEST_BACKEND"] = config.getoption("--backend")  # read where torch may be imported
+
+
+@pytest.fixture
+def own_logs() -> Iterator[None]:
+    """Undoes the configuration of logs."""
+    root, ours = logging.getLogger(), logging.getLogger("manyhats")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

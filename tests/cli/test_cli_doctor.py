@@ -22,6 +22,8 @@ from support.factories.tiny_models import make_checkpoint
 from support.fakes.server import MemoryStore, Running, make_record
 from support.servers.secure import Pki, add_token, make_pki, secured_server
 
+pytestmark = pytest.mark.usefixtures("own_logs")
+
 COMMAND = [sys.executable, "-m", "manyhats.cli", "doctor"]
 
 

@@ -49,4 +49,6 @@ def envoy_script(directory: Path) -> str:
     assert service["entrypoint"] == ["/bin/sh", "-ec"]
     ((source, target),) = (mount.split(":")[:2] for mount in service["volumes"])
     script: str = service["command"][0]
-    return script.replace(target, str(ROOT / source)).replace("/tmp/", f"{directory}/")
+    # In one go: the repository may be in a directory of /tmp.
+    places = {target: str(ROOT / source), "/tmp/": f"{directory}/"}
+    return re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], script)

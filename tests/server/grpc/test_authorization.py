@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import structlog
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
@@ -361,17 +359,7 @@ async def test_list_ends_where_only_hidden_tasks_follow(token_file: Path) -> Non
     assert ([adapter.task_id for adapter in page.adapters], page.next_page_token) == (["a"], "")
 
 
-@pytest.fixture
-def _logs_restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-
-
-@pytest.mark.usefixtures("_logs_restored")
+@pytest.mark.usefixtures("own_logs")
 async def test_logs_name_the_token_and_never_hold_it(
     token_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,7 +384,7 @@ async def test_logs_name_the_token_and_never_hold_it(
     assert calls[2]["peer"].startswith("ipv4:127.0.0.1")
 
 
-@pytest.mark.usefixtures("_logs_restored")
+@pytest.mark.usefixtures("own_logs")
 async def test_log_line_of_an_upload_names_its_task(
     token_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

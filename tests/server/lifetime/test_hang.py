@@ -194,6 +194,7 @@ def test_a_thread_that_dies_ends_the_process(base: Path, tmp_path: Path) -> None
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.slow
 def test_a_long_step_and_a_stopped_process_are_no_hang(base: Path, tmp_path: Path) -> None:
     """Limits far below both: on a slow machine the first steps take seconds, and a long prompt's takes longer."""
     with server(base, tmp_path / "store", 1.5, 3.0, row_s=0.2) as serving:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import prometheus_client
 import pytest
-import structlog
 
 from manyhats.adapters.errors import SourceNotFoundError
 from manyhats.engine.errors import ModelError
@@ -119,14 +117,9 @@ class Life:
 
 
 @pytest.fixture
-def _process_wide_state() -> Iterator[None]:
+def _process_wide_state(own_logs: None) -> Iterator[None]:
     """Undoes what a server does to its process: logging, metrics without creation times, collections of less."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
     prometheus_client.enable_created_metrics()  # type: ignore[no-untyped-call]
     gc.unfreeze()
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import structlog
 
 from manyhats.server.observability.logs import LogFormat, configure_logs
 from manyhats.server.observability.tracebacks import HIDDEN, without_messages
@@ -18,18 +15,6 @@ from support.fakes.server import Running, refused, running_server
 from support.harnesses.http import exchange, head, request
 
 SECRET = "the quick brown fox"
-
-
-@pytest.fixture
-def own_logs() -> Iterator[None]:
-    """Undoes the configuration of logs."""
-    root, ours = logging.getLogger(), logging.getLogger("manyhats")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-    structlog.reset_defaults()
 
 
 def talk(**fields: Any) -> dict[str, Any]:

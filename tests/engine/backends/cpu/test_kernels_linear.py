@@ -161,6 +161,7 @@ for kind in tests.KINDS:
 """
 
 
+@pytest.mark.slow  # compiles all kernels anew
 @pytest.mark.skipif(wide.LANES == 8, reason="this processor has eight lanes, and all tests run with them")
 def test_a_processor_without_avx512_gets_the_same_products(tmp_path: Path) -> None:
     # Another process, with kernels of its own: Numba would find those of this processor otherwise.

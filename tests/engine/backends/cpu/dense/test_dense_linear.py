@@ -150,6 +150,7 @@ for kind in tests.KINDS:
 """
 
 
+@pytest.mark.slow  # compiles all kernels anew; test_instructions.py runs those of the default model
 @pytest.mark.skipif(not instructions.has_pairs(), reason="all tests run without the instructions here")
 @pytest.mark.parametrize("hidden", ["avx512bf16", "avx512"])
 def test_a_processor_without_the_instructions_gets_the_same_products(tmp_path: Path, hidden: str) -> None:
