@@ -206,6 +206,20 @@ def test_nobody_sits_out_two_steps_in_a_row() -> None:
     assert all(each.num_output_tokens == 1 + 6 for each in greedy)
 
 
+def test_a_step_begins_few_prompts_of_a_task_that_has_most_of_the_seats_once_others_were_there() -> None:
+    scheduler = make_scheduler(num_blocks=4000, sequences=20, tokens=1000, waiting=1000)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("other", range(2), 2, task="other"))
+    engine.drain()
+    for index in range(40):
+        prompt = range(100 * index, 100 * index + 40)
+        scheduler.add(make_sequence(f"greedy {index}", prompt, 60, task="greedy", cache_key=b"greedy"))
+    begun = [len(engine.step().started) for _ in range(5)]
+    # Up to half of the seats at once, then two prompts, which have 64 tokens and more, a step.
+    assert begun[0] >= 11
+    assert begun[1:3] == [2, 2]
+
+
 def test_nobody_sits_out_where_that_would_save_little() -> None:
     scheduler, engine = busy_scheduler(8)  # less than half of the seats
     scheduler.add(make_sequence("quiet", range(4), 8, task="quiet", cache_key=b"quiet"))

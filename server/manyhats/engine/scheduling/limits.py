@@ -89,11 +89,16 @@ class TaskLimits:
         num_free = max(0, self._num_seats - self._num_seated)
         if num_running <= _RUNNING_PER_FREE_SEAT * num_free:
             return False
-        return may_come if len(self._shares) == 1 else self.exceeds_share(sequence)
+        return may_come if len(self._shares) == 1 else self.exceeds_share(sequence, may_come=may_come)
 
-    def exceeds_share(self, sequence: Sequence) -> bool:
-        """Whether its task runs on more than its share of all seats, beside others."""
+    def exceeds_share(self, sequence: Sequence, *, may_come: bool) -> bool:
+        """Whether its task runs on more than its share of all seats, beside others.
+
+        Where it is alone, and others ``may_come``, its share is half of them.
+        """
         num_running = 0 if sequence.is_internal else self._num_running.get(sequence.task, 0)
+        if len(self._shares) == 1:
+            return may_come and 2 * num_running > self._num_seats
         return num_running * self._all_shares > self._num_seats * sequence.entitlement.share
 
     def started(self, sequence: Sequence) -> None:

@@ -214,8 +214,8 @@ class Queue:
         self._turns.release()
 
     def exceeds_share(self, sequence: Sequence) -> bool:
-        """Whether a sequence's task runs on more than its share of all seats."""
-        return self._limits.exceeds_share(sequence)
+        """Whether a sequence's task runs on more than its share of all seats, of which others have used some lately."""
+        return self._limits.exceeds_share(sequence, may_come=self._shares.num_tasks > 1)
 
     def charge(self, sequence: Sequence, start: int, end: int) -> None:
         """Count tokens [start, end) of a sequence, which have been computed, for its task."""

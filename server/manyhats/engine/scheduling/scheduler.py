@@ -47,6 +47,10 @@ _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
 _MAX_LOOKED_AT = 128
 """How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
+_MAX_CROWDING = 64
+"""A step begins no more prompts of tasks beyond their shares once these have so many tokens in it.
+
+What others then ask waits for a step that has been kept short."""
 _SETTLED_S = 10.0
 """A window of ``FinishRate``: the rate of one in which some waited all the time is what the machine can do."""
 _CAUTION = 2.0
@@ -407,14 +411,17 @@ class Scheduler:
         num_bulk_left = 0
         num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
+        num_crowding = 0
         for sequence in islice(self._queue, _MAX_LOOKED_AT):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
             is_bulk = self.config.is_bulk(sequence, sequence.num_tokens)
             num_short_left -= not is_bulk
+            crowds = self._queue.exceeds_share(sequence)
             if (
                 (is_bulk and no_more_bulk)
+                or (crowds and num_crowding >= _MAX_CROWDING)
                 or self._admissions.awaits_virtual(sequence, self._running)
                 or self._awaits_slot(sequence, step)
             ):
@@ -438,6 +445,7 @@ class Scheduler:
             sequence.num_passed = 0
             self._admissions.start(sequence, admission, step)
             step.started.append(sequence)
+            num_crowding += sequence.num_left if crowds else 0
             step.start(sequence)
 
     def _is_full(self, sequence: Sequence) -> bool:
