@@ -7,13 +7,13 @@ from what would be generated, and exits 1 if it does.
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import protoc
+from generated_file import compare
 
 ROOT = Path(__file__).resolve().parent.parent / "proto"
 PACKAGE = Path("manyhats/v1")
@@ -35,25 +35,13 @@ def generated_files(root: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((root / PACKAGE).glob("*_pb2*.py*"))}
 
 
-def differences(committed: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Lines of a unified diff from ``committed`` to ``wanted``; empty if they are the same."""
-    lines: list[str] = []
-    for name in sorted(committed.keys() | wanted.keys()):
-        before = committed.get(name, "").splitlines(keepends=True)
-        after = wanted.get(name, "").splitlines(keepends=True)
-        lines += difflib.unified_diff(before, after, f"committed/{name}", f"generated/{name}")
-    return lines
-
-
 def check() -> int:
     """Compares the committed code with freshly generated code; 1 if they differ."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        lines = differences(generated_files(ROOT), generated_files(Path(folder)))
-    sys.stdout.writelines(lines)
-    if lines:
-        sys.stderr.write("generated code differs from the .proto files: run scripts/generate_proto.py\n")
-    return 1 if lines else 0
+        wanted = generated_files(Path(folder))
+    complaint = "generated code differs from the .proto files: run scripts/generate_proto.py"
+    return compare(generated_files(ROOT), wanted, "generated", complaint)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

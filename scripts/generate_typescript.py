@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import protoc
-from generate_proto import PACKAGE, differences
+from generate_proto import PACKAGE
 from generate_proto import ROOT as PROTO
+from generated_file import compare
 
 CLIENT = PROTO.parent / "clients" / "typescript"
 OUT = CLIENT / "src" / "gen"
@@ -53,11 +54,9 @@ def check() -> int:
     """Compares the committed code with freshly generated code; 1 if they differ."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        lines = differences(generated_files(OUT), generated_files(Path(folder)))
-    sys.stdout.writelines(lines)
-    if lines:
-        sys.stderr.write("generated code differs from the .proto files: run scripts/generate_typescript.py\n")
-    return 1 if lines else 0
+        wanted = generated_files(Path(folder))
+    complaint = "generated code differs from the .proto files: run scripts/generate_typescript.py"
+    return compare(generated_files(OUT), wanted, "generated", complaint)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

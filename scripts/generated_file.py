@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,10 +29,30 @@ def write_or_check(file: Path, wanted: str, script: str, arguments: Sequence[str
     if not parser.parse_args(arguments).check:
         file.write_text(wanted, encoding="utf-8")
         return 0
-    before = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    after = wanted.splitlines(keepends=True)
-    lines = list(difflib.unified_diff(before, after, f"committed/{file.name}", f"declared/{file.name}"))
+    committed = {file.name: file.read_text(encoding="utf-8")}
+    return compare(
+        committed, {file.name: wanted}, "declared", f"{name} differs from the code: run scripts/{script}"
+    )
+
+
+def compare(committed: Mapping[str, str], wanted: Mapping[str, str], origin: str, complaint: str) -> int:
+    """Show how files differ from what they should be.
+
+    Args:
+        committed: text of each, by name.
+        wanted: the same.
+        origin: of what is wanted, in a word.
+        complaint: for stderr, if they differ.
+
+    Returns:
+        1 if they differ, as an exit code.
+    """
+    lines: list[str] = []
+    for name in sorted(committed.keys() | wanted.keys()):
+        before = committed.get(name, "").splitlines(keepends=True)
+        after = wanted.get(name, "").splitlines(keepends=True)
+        lines += difflib.unified_diff(before, after, f"committed/{name}", f"{origin}/{name}")
     sys.stdout.writelines(lines)
     if lines:
-        sys.stderr.write(f"{name} differs from the code: run scripts/{script}\n")
+        sys.stderr.write(f"{complaint}\n")
     return 1 if lines else 0

@@ -1,16 +1,16 @@
 #!/bin/sh
 # The tests of the page drive a browser. This sees that it is there.
 set -eu
+. "$(dirname "$0")/debian.sh"
 
 is_there() {
     command -v chromium >/dev/null
 }
 
 is_there && exit 0
-if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+if can_install; then
     echo "installing Chromium for the tests of the page"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium
+    install_packages chromium
 fi
 is_there && exit 0
 echo "The tests of the page need a browser (Debian: apt-get install chromium). Without it:" >&2
