@@ -30,7 +30,6 @@ class Spread:
         loads_per_s: of adapters from disk, over all replicas.
         hit_ratio: requests for each of which no adapter was loaded, of all.
         first_ms: percentiles of the time to first tokens.
-        most_adapters: that one replica held at the end.
         busiest: requests that went to the replica that got most, over the average.
     """
 
@@ -38,7 +37,6 @@ class Spread:
     loads_per_s: float
     hit_ratio: float
     first_ms: Sequence[float]
-    most_adapters: int
     busiest: float
 
 
@@ -110,7 +108,6 @@ def spread(
         num_loads / (duration_s / 2),
         1 - num_loads / num_asked,
         answers.first_ms()[0][1],
-        max(len(replica.residency.tiers()) for replica in replicas),
         max(asked.values()) * num_replicas / num_asked,
     )
 

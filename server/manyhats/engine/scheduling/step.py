@@ -109,14 +109,19 @@ class Step:
 
         A first token then waits for few rows. Returns whether anything was left out; it runs in the next step.
         """
-        left_out = {chunk for chunk in self.chunks if exceeds_share(chunk.sequence)}
-        kept = [chunk for chunk in self.chunks if chunk not in left_out]
-        if 2 * sum(chunk.is_decode for chunk in left_out) <= self._num_decodes or all(
-            chunk.is_decode or chunk.is_bulk or chunk.sequence.is_internal for chunk in kept
-        ):
+        prompts = [
+            chunk.sequence
+            for chunk in self.chunks
+            if not (chunk.is_decode or chunk.is_bulk or chunk.sequence.is_internal)
+        ]
+        if all(map(exceeds_share, prompts)):  # as in most steps, which have none
             return False
-        self.chunks = kept
-        self._num_decodes = sum(chunk.is_decode for chunk in kept)
+        kept = [chunk for chunk in self.chunks if not exceeds_share(chunk.sequence)]
+        num_kept = sum(chunk.is_decode for chunk in kept)
+        num_left_out = sum(chunk.is_decode for chunk in self.chunks) - num_kept
+        if 2 * num_left_out <= self._num_decodes:
+            return False
+        self.chunks, self._num_decodes = kept, num_kept
         return True
 
     def run_bulk(self) -> None:
