@@ -299,8 +299,8 @@ async def test_first_message_must_be_the_header_and_the_others_chunks() -> None:
 
 
 async def test_sender_is_slowed_down_to_the_pace_of_the_disk() -> None:
-    # 32 MiB in chunks: far more than all that gRPC keeps on either side.
-    files = {WEIGHTS: bytes(1024 * 1024) * 32}
+    # In chunks of a MiB: far more of them than gRPC and the sockets keep on either side, which has been 26.
+    files = {WEIGHTS: bytes(1024 * 1024) * 128}
     store, taken = MemoryStore(), 0
 
     async def counted() -> AsyncIterator[pb.UploadAdapterRequest]:
@@ -317,7 +317,7 @@ async def test_sender_is_slowed_down_to_the_pace_of_the_disk() -> None:
         while before != taken:  # until no more is taken
             before = taken
             await asyncio.sleep(0.2)
-        assert taken < 16
+        assert taken < 96
         store.may_write.set()
         await call
     (upload,) = store.uploads
