@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -53,6 +54,17 @@ def test_after_a_lull_the_rate_is_that_of_the_last_seconds() -> None:
     clock.now_s += 20
     steadily(rate, clock, 50, 2.5)
     assert rate.per_second() == pytest.approx(50, rel=0.3)
+
+
+def test_those_since_a_moment_are_counted_to_half_a_second() -> None:
+    clock = Clock()
+    rate = FinishRate(clock=clock)
+    steadily(rate, clock, 10, 5)
+    since_s = clock.now_s
+    assert rate.num_since(since_s) == 0
+    steadily(rate, clock, 10, 5)
+    assert rate.num_since(since_s) == pytest.approx(50, abs=6)
+    assert rate.num_since(math.inf) == 0
 
 
 def test_a_longer_queue_never_takes_less_and_a_faster_one_never_more() -> None:

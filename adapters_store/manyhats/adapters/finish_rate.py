@@ -46,6 +46,12 @@ class FinishRate:
             for window_s in _WINDOWS_S
         )
 
+    def num_since(self, when_s: float) -> int:
+        """How many have finished since a moment of the clock, or in the last half minute."""
+        with self._lock:
+            buckets = tuple(self._buckets)
+        return sum(count for when, count in buckets if when * _BUCKET_S >= when_s)
+
     def wait_s(self, num_ahead: int) -> float:
         """Seconds until this many have finished, in [0.1, 60]; 1 if unknown."""
         rate = self.per_second()

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from manyhats.adapters.finish_rate import FinishRate
 from manyhats.adapters.primitives import PromptEmbeddings
 from manyhats.engine.errors import FieldInvalidError, QueueFullError
 from manyhats.engine.scheduling.scheduler import Schedule, SchedulerConfig
@@ -256,8 +255,7 @@ def test_a_full_queue_refuses() -> None:
 
 def test_a_full_queue_says_when_it_will_be_done_at_the_rate_of_late() -> None:
     now_s = 100.0
-    scheduler = make_scheduler(waiting=40, sequences=2, tokens=2)
-    scheduler.rate = FinishRate(clock=lambda: now_s)
+    scheduler = make_scheduler(waiting=40, sequences=2, tokens=2, clock=lambda: now_s)
     engine = ToyEngine(scheduler)
     while now_s < 140:
         scheduler.add(make_sequence(str(now_s), [1], 0))

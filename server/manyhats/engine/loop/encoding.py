@@ -99,7 +99,7 @@ class Encoding:
     def drop(self, scheduler: Scheduler) -> None:
         """Free every sequence's blocks."""
         for sequence in self._running:
-            scheduler.finish(sequence)
+            scheduler.finish(sequence, is_answered=False)
 
     def _queue(self, scheduler: Scheduler, now_s: float | None = None) -> None:
         """Queue enough for a step; all but the first as if they arrived now: earlier requests have their turn first."""

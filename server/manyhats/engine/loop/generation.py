@@ -264,7 +264,7 @@ class Generation:
 
     def drop(self, scheduler: Scheduler) -> None:
         """Free the sequence's blocks."""
-        scheduler.finish(self._sequence)
+        scheduler.finish(self._sequence, is_answered=False)
 
     def _rest(self) -> str:
         """The text held back: an unfinished stop sequence, an incomplete character unless that is in no language."""

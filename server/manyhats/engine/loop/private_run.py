@@ -76,4 +76,4 @@ class PrivateRun:
 
     def drop(self, scheduler: Scheduler) -> None:
         """Free the sequence's blocks."""
-        scheduler.finish(self._sequence)
+        scheduler.finish(self._sequence, is_answered=False)

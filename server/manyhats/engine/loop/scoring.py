@@ -137,9 +137,9 @@ class Scoring:
     def drop(self, scheduler: Scheduler) -> None:
         """Free every sequence's blocks and the shared prompt's."""
         if self._prompt is not None:
-            scheduler.finish(self._prompt)
+            scheduler.finish(self._prompt, is_answered=False)
         for sequence in self._running:
-            scheduler.finish(sequence)
+            scheduler.finish(sequence, is_answered=False)
         if self._prefix is not None:
             scheduler.release(self._prefix)
 

@@ -178,7 +178,7 @@ class Step:
 
     def _refuse(self, hopeless: Iterable[Sequence], events: list[Event]) -> None:
         for name in {sequence.id for sequence in hopeless} & self._jobs.keys():
-            error = DeadlineExceededError("the deadline would pass before the prompt is read")
+            error = DeadlineExceededError("the deadline would pass before the answer")
             events.append(self._fail(self._jobs[name], error))
 
     def _next(self, job: Job[Any], now_s: float, events: list[Event]) -> None:

@@ -51,10 +51,12 @@ _MAX_CROWDING = 64
 """A step begins no more prompts of tasks beyond their shares once these have so many tokens in it.
 
 What others then ask waits for a step that has been kept short."""
-_SETTLED_S = 10.0
-"""A window of ``FinishRate``: the rate of one in which some waited all the time is what the machine can do."""
-_CAUTION = 2.0
-"""Answers differ in length, and the rate is that of the best window."""
+_CAUTION = 1.5
+"""How many times the expected time must be left on arrival: rates are those of the best window."""
+_CAUTION_AT_START = 2.0
+"""How many times that of an answer when it begins, since answers differ in length."""
+_MARGIN = 1.25
+"""How many times that of its own longest answer, if that is less."""
 
 
 class Scheduler:
@@ -87,10 +89,14 @@ class Scheduler:
         self._paused: set[Sequence] = set()
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._admissions = Admissions(config, allocator, self._prefixes)
-        self.rate = FinishRate(clock=clock)  # of requests' sequences
         self._has_put_off = False
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
+
+    @property
+    def rate(self) -> FinishRate:
+        """How many requests' sequences end."""
+        return self._pace.rate
 
     @property
     def num_running(self) -> int:
@@ -149,18 +155,23 @@ class Scheduler:
             self._check_deadline(task, deadline_s)
 
     def _check_deadline(self, task: str, deadline_s: float) -> None:
-        """Refuse what is likely to be given up half-way, so that what is begun is answered.
-
-        How fast requests finish says what this machine can do only once some have always been waiting for a while.
-        """
-        now_s, rate = self._clock(), self.rate.per_second()
-        if now_s - self._queue.waiting_since_s < _SETTLED_S or rate == 0:
-            return
-        num_ahead = self._queue.num_ahead(task)
-        needed_s, left_s = _CAUTION * (num_ahead + len(self._running)) / rate, deadline_s - now_s
+        """Refuse what is likely to be given up half-way, so that what is begun is answered."""
+        num_ahead, left_s = self._queue.num_ahead(task), deadline_s - self._clock()
+        needed_s = _CAUTION * (self._pace.answer_s(len(self._running), num_ahead) or 0.0)
         if needed_s > left_s:
             limit, wait_s = self.config.max_waiting, self.rate.wait_s(num_ahead)
             raise QueueTooSlowError(limit, wait_s, num_ahead, needed_s, left_s)
+
+    def _is_hopeless(self, sequence: Sequence, num_computed: int) -> bool:
+        """Whether one that would start now could hardly meet its deadline, and would only take others' time."""
+        if sequence.deadline_s is None:
+            return False
+        if not self._pace.can_meet(sequence.deadline_s, sequence.num_tokens - num_computed):
+            return True
+        longest_s = self._pace.step_s * (sequence.max_num_tokens - sequence.num_prompt_tokens)
+        usual_s = self._pace.answer_s(len(self._running)) or 0.0
+        needed_s = min(_CAUTION_AT_START * usual_s, _MARGIN * longest_s)
+        return sequence.num_preemptions == 0 and self._clock() + needed_s > sequence.deadline_s
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
@@ -282,10 +293,16 @@ class Scheduler:
         if num_decodes + num_bulk == schedule.num_tokens:
             self._bulk_pace.note(num_decodes, num_bulk, seconds)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
+    def finish(self, sequence: Sequence, *, is_answered: bool = True) -> None:
+        """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat.
+
+        Args:
+            sequence: that is over.
+            is_answered: whether it was not given up before its end.
+        """
         if sequence.is_counted and sequence.status in (SequenceStatus.RUNNING, SequenceStatus.PAUSED):
-            self.rate.finished()  # what gave up waiting says nothing of how fast others are served
+            # What gave up waiting says nothing of how fast others are served.
+            self._pace.ended(len(self._running), self._queue.waiting_since_s, is_answered=is_answered)
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
@@ -298,7 +315,7 @@ class Scheduler:
         """Finish and release whatever a job failed to; returns how many sequences that were."""
         left = [sequence for sequence in self._unfinished() if sequence.id == job_id]
         for sequence in left:
-            self.finish(sequence)
+            self.finish(sequence, is_answered=False)
         for prefix in [prefix for prefix in self._prefixes if prefix.job_id == job_id]:
             self.release(prefix)
         return len(left)
@@ -435,7 +452,7 @@ class Scheduler:
                 if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
                     return
                 continue
-            if not self._pace.can_meet(sequence.deadline_s, sequence.num_tokens - admission.num_computed):
+            if self._is_hopeless(sequence, admission.num_computed):
                 step.hopeless.append(sequence)
                 continue
             if not self._take_turn(sequence):
