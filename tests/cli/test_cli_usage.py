@@ -257,7 +257,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
     ("content", "message"),
     [
         ("model: m\nstore: s\ncolour: red\n", "server.yaml: colour: is not a setting\n"),
-        ("model: m\nstore: s\nadapter_root: 7\n", "server.yaml: adapter_root: must be a list\n"),
+        ("model: m\nstore: s\nadapter_root: 7\n", "server.yaml: adapter_root: must be a list, not 7\n"),
         ("grpc-port: x\n", "server.yaml: grpc_port: must be a whole number"),
         ("register: 7\n", "server.yaml: register: must be a list of TASK=PATH, or a mapping"),
         ("register: [sql]\n", "server.yaml: register must be TASK=PATH, not 'sql'\n"),
@@ -312,7 +312,7 @@ def test_print_config_serves_nothing_and_can_be_served_from(
             "--max-batched-tokens: must be at least max_num_sequences = 64, not 7",
         ),
         ("", {"MANYHATS_REGISTER": "sql"}, "MANYHATS_REGISTER must be TASK=PATH, not 'sql'\n"),
-        ("", {"MANYHATS_INSECURE": "perhaps"}, "MANYHATS_INSECURE: must be a boolean"),
+        ("", {"MANYHATS_INSECURE": "perhaps"}, "MANYHATS_INSECURE: must be true or false, not 'perhaps'"),
         ("", {"MANYHATS_HOST": "::"}, "MANYHATS_HOST: :: can be reached by other machines"),
         (
             "",

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 PREFIX = "MANYHATS_"
+_PLAIN = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "path_type": "must be a path",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+}
+"""What a value must be, by pydantic's types of errors; others are told in its words."""
 # What Kubernetes sets in every container for a Service called manyhats.
 _SERVICE_LINK = re.compile(r"MANYHATS_(SERVICE_(HOST|PORT)|PORT)(_|$)")
 
@@ -93,6 +106,8 @@ def _converted(each: Setting, value: Any, wording: Wording) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join((each.name, *map(str, first["loc"])))
+        if first["type"] in _PLAIN:
+            raise wording.out_of_range(where, _PLAIN[first["type"]], first["input"]) from error
         raise wording.error(where, wording.plain(first["msg"])) from error
     problem = each.problem(converted)
     if problem:

@@ -118,5 +118,5 @@ def test_file_that_cannot_be_read_is_one_line_and_an_error(pki: Pki, setting: st
     with process(**settings) as child:
         out, log = child.communicate(timeout=30)
     assert (child.returncode, out) == (1, "")
-    assert setting in log
+    assert f"--{setting.replace('_', '-')}: cannot read" in log
     assert "Traceback" not in log

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from manyhats.client import AdapterInfo, Client
     from manyhats.server.lifetime.config import ServeConfig
 
+_READY_S = 5.0
+"""What a server that runs, and is not starting, needs at most."""
 _TEXT = "Hello"
 _OWN_SERIES = b"\nmanyhats_"
 
@@ -25,7 +27,7 @@ def look_at_server(connection: Connection, config: ServeConfig) -> Iterator[Find
     """Whether it is ready, of this version, takes the token, answers a task, and shows metrics."""
     try:
         with connect(connection) as client:
-            client.wait_ready(timeout_s=connection.timeout or 1.0)
+            client.wait_ready(timeout_s=min(connection.timeout or _READY_S, _READY_S))
             yield ok("server", f"{connection.server} is ready")
             yield from _look_at_version(client, connection)
             yield from _look_at_task(client)

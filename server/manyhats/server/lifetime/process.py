@@ -17,7 +17,7 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.server.access.addresses import is_loopback
-from manyhats.server.access.errors import ServerError
+from manyhats.server.access.errors import ConfigError, ServerError
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
@@ -76,6 +76,10 @@ async def serve(
         if process.is_held_up:
             end_at_once(code)
         return code
+    except ConfigError as error:
+        flag = error.setting.replace("_", "-")
+        _log.error("cannot serve", reason=f"--{flag}{str(error).removeprefix(error.setting)}")
+        return EXIT_FAILED
     except (ServerError, EngineError, AdapterError) as error:
         _log.error("cannot serve", reason=str(error))
         return EXIT_FAILED
