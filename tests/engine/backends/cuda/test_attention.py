@@ -35,7 +35,7 @@ SPARE_ROOM = 3
 
 
 def attention_of(heads: int, kv_heads: int, size: int, **others: object) -> Attention:
-    return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=size**-0.5, **others)  # type: ignore[arg-type]
+    return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=size**-0.5, **others)
 
 
 def tiling_of(attention: Attention) -> Tiling:
@@ -77,7 +77,9 @@ class Texts:
     def context(self, text: int) -> tuple[Tensor, Tensor]:
         """Its keys and values, float64."""
         blocks, length = torch.tensor(self.tables[text]), len(self.queries[text])
-        keys, values = (part.cpu()[blocks].flatten(0, 1)[:length].double() for part in (self.keys, self.values))
+        keys, values = (
+            part.cpu()[blocks].flatten(0, 1)[:length].double() for part in (self.keys, self.values)
+        )
         return keys, values
 
 
@@ -112,7 +114,9 @@ def on_device(work: Work) -> WorkOnDevice:
         room = np.full((SPARE_ROOM, values.shape[1]), 1 << 20, np.int32)
         return torch.from_numpy(np.concatenate((values, room))).to(DEVICE)
 
-    counts = [torch.tensor([len(part)], dtype=torch.int32, device=DEVICE) for part in (work.items, work.merges)]
+    counts = [
+        torch.tensor([len(part)], dtype=torch.int32, device=DEVICE) for part in (work.items, work.merges)
+    ]
     return WorkOnDevice(roomy(work.items), counts[0], roomy(work.merges), counts[1])
 
 
@@ -176,7 +180,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 1, 21])
+@pytest.mark.parametrize("window", [None, 21])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(1, 1, 16), (4, 2, 24), (17, 1, 80)])
 def test_attention_is_that_of_float64(
     heads: int, kv_heads: int, size: int, window: int | None, softcap: float | None
@@ -190,12 +194,12 @@ def test_attention_is_that_of_float64(
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [None, 1, 9])
 def test_encoders_see_what_follows(window: int | None) -> None:
     attention = attention_of(2, 2, 16, window=window, sees_all=True)
-    texts = Texts.of(attention, [36])
-    (found,) = run(texts, attention, [(0, 0, 36)])
-    assert_close(found, exact(texts, attention, (0, 0, 36)))
+    texts = Texts.of(attention, [20])
+    (found,) = run(texts, attention, [(0, 0, 20)])
+    assert_close(found, exact(texts, attention, (0, 0, 20)))
 
 
 def test_query_heads_that_do_not_fit_one_tile_take_several() -> None:
@@ -333,16 +337,16 @@ def test_work_covers_what_each_row_sees_once_and_in_order(
             assert seen.stop <= (found[-1] + 1) * tiling.split
     used = [slot for of_row in slots.values() for slot in of_row.values()]
     assert sorted(used) == list(range(work.num_slots))
-    merged = {
-        row: [slot + i * step for i in range(count)] for row, slot, step, count in work.merges.tolist()
-    }
+    merged = {row: [slot + i * step for i in range(count)] for row, slot, step, count in work.merges.tolist()}
     assert merged == {row: [of_row[split] for split in sorted(of_row)] for row, of_row in slots.items()}
 
 
 def test_long_items_come_first() -> None:
     attention = attention_of(1, 1, 16)
     texts = Texts.of(attention, [10, 120, 50])
-    work = work_of(plan_of(texts, [(0, 9, 10), (1, 119, 120), (2, 49, 50)]), attention, tiling_of(attention), 1, 0)
+    work = work_of(
+        plan_of(texts, [(0, 9, 10), (1, 119, 120), (2, 49, 50)]), attention, tiling_of(attention), 1, 0
+    )
     assert work.items[:, 0].tolist() == [1, 2, 0]
 
 

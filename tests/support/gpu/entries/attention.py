@@ -36,7 +36,7 @@ def entry(attention: Attention, sm: int, *, has_gates: bool = False) -> Entry:
 
 
 ENTRIES = [
-    *(entry(LLAMA, sm) for sm in (80, 86, 89, 90)),
+    *(entry(LLAMA, sm) for sm in (80, 90)),
     entry(GEMMA, 86),
     entry(PHI, 89),
     entry(FALCON, 80),

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import triton
-from torch import Tensor
 
 from manyhats.engine.backends.cuda.triton import attention as kernels
 from manyhats.engine.backends.plan import Ints, StepPlan
 from manyhats.engine.model.architecture import Attention
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SPLIT = 256
 """Positions in a split, which are counted from 0."""
 _EVEN = 4
 """A tile is split if it is more than one part in so many of what each program has to do."""
+Flags = npt.NDArray[np.bool_]
 _SEQUENCE, _ROW, _ROWS, _POSITION, _LENGTH, _FIRST, _END, _SLOT = range(8)
 
 
@@ -144,13 +148,13 @@ def _tiles_of(plan: StepPlan, attention: Attention, tiling: Tiling) -> Ints:
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def _are_split(tiles: Ints, num_lanes: int, max_slots: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _are_split(tiles: Ints, num_lanes: int, max_slots: int) -> Flags:
     """Which tiles' splits become items of their own: those that would keep one program busy for too long.
 
     If there is not room for the parts of all of these, then the longest.
     """
     counts = (tiles[:, _END] - tiles[:, _FIRST]).astype(np.int64)
-    is_long = (counts > 1) & (counts * _EVEN * num_lanes > counts.sum())
+    is_long: Flags = (counts > 1) & (counts * _EVEN * num_lanes > counts.sum())
     order = np.argsort(-counts, kind="stable")
     slots = np.cumsum(np.where(is_long, counts * tiles[:, _ROWS], 0)[order])
     is_long[order] &= slots <= max_slots
@@ -180,7 +184,7 @@ class WorkOnDevice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Room for the splits that are items of their own.
+    """Room for the splits that are items of their own, ``4 · H · (K + 2)`` bytes each.
 
     Attributes:
         totals: [slots, H, K] float32.

@@ -93,7 +93,9 @@ def attend(
             for tile in range(tl.maximum(split * SPLIT, low), tl.minimum((split + 1) * SPLIT, high), TILE):
                 p = tile + tl.arange(0, TILE)
                 exists = p < length
-                block = tl.load(tables + sequence * TABLE_STRIDE + p // BLOCK, mask=exists, other=0).to(tl.int64)
+                block = tl.load(tables + sequence * TABLE_STRIDE + p // BLOCK, mask=exists, other=0).to(
+                    tl.int64
+                )
                 cell = ((block * BLOCK + p % BLOCK) * HKV + kv_head) * D
                 where = cell[:, None] + d[None, :]
                 is_there = exists[:, None] if BD == D else exists[:, None] & (d < D)[None, :]
