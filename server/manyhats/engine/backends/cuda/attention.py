@@ -1,0 +1,294 @@
+"""Attention on CUDA: how a step's rows and contexts are cut into items of work, and the launch of the kernels.
+
+The list of work is made on the host, from a plan's numbers alone. A tile of query rows goes through the splits of its
+context in one item, or in as many as there are splits, whose parts ``combine`` adds: the same additions in the same
+order, so which of the two it is may depend on how much else there is to do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import triton
+
+from manyhats.engine.backends.cuda.triton import attention as kernels
+from manyhats.engine.backends.plan import Ints, StepPlan
+from manyhats.engine.model.architecture import Attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPLIT = 256
+"""Positions in a split, which are counted from 0."""
+_EVEN = 4
+"""A tile is split if it is more than one part in so many of what each program has to do."""
+Flags = npt.NDArray[np.bool_]
+_SEQUENCE, _ROW, _ROWS, _POSITION, _LENGTH, _FIRST, _END, _SLOT = range(8)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How rows, heads and positions are cut; the same for all steps of a model.
+
+    Attributes:
+        size: rows times heads of a tile of queries, what the tensor cores take.
+        num_heads: query heads in it, which share a head of keys.
+        head_tiles: tiles that all query heads of a row need.
+        head_size: K or more, a power of two.
+        tile: positions multiplied at a time.
+        split: positions in a split, a multiple of ``tile``.
+    """
+
+    size: int
+    num_heads: int
+    head_tiles: int
+    head_size: int
+    tile: int
+    split: int = SPLIT
+
+    @classmethod
+    def of(cls, attention: Attention) -> Tiling:
+        """That of an architecture."""
+        group = attention.num_heads // attention.num_kv_heads
+        num_heads = min(group, 32)
+        head_size = max(16, triton.next_power_of_2(attention.head_dim))
+        return cls(
+            size=16 if group <= 16 else 32,
+            num_heads=num_heads,
+            head_tiles=attention.num_kv_heads * -(-group // num_heads),
+            head_size=head_size,
+            tile=max(16, min(64, 8192 // head_size)),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Query rows in a tile."""
+        return self.size // self.num_heads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """What there is to do in a step, as the kernels read it.
+
+    Attributes:
+        items: [W, 8] int32; W is at most the number of rows and ``num_slots`` together.
+        merges: [R, 4] int32, rows whose splits are apart; at most all rows.
+        num_slots: how many parts they have.
+    """
+
+    items: Ints
+    merges: Ints
+    num_slots: int
+
+
+def work_of(plan: StepPlan, attention: Attention, tiling: Tiling, num_lanes: int, max_slots: int) -> Work:
+    """The work of a step's attention; layers of the same window have the same.
+
+    Args:
+        plan: the step.
+        attention: the layers'; says what a row sees.
+        tiling: of the model.
+        num_lanes: programs that walk the items at the same time.
+        max_slots: parts that there is room for.
+    """
+    tiles = _tiles_of(plan, attention, tiling)
+    is_split = _are_split(tiles, num_lanes, max_slots)
+    whole, split = tiles[~is_split], tiles[is_split]
+    counts, rows = split[:, _END] - split[:, _FIRST], split[:, _ROWS]
+    sizes = counts * rows
+    split[:, _SLOT] = np.cumsum(sizes) - sizes
+    parts = np.repeat(split, counts, axis=0)
+    index = _ramp(counts)
+    parts[:, _FIRST] += index
+    parts[:, _END] = parts[:, _FIRST] + 1
+    parts[:, _SLOT] += index * parts[:, _ROWS]
+    whole = whole[np.argsort(whole[:, _FIRST] - whole[:, _END], kind="stable")]
+    row = _ramp(rows)
+    merges = (
+        np.repeat(split[:, _ROW], rows) + row,
+        np.repeat(split[:, _SLOT], rows) + row,
+        np.repeat(rows, rows),
+        np.repeat(counts, rows),
+    )
+    return Work(
+        np.concatenate((whole, parts)), np.stack(merges, axis=1).astype(np.int32), int(sizes.sum(initial=0))
+    )
+
+
+def _tiles_of(plan: StepPlan, attention: Attention, tiling: Tiling) -> Ints:
+    """Each tile as one item, all splits of its context: [T, 8] int32."""
+    size, counts = tiling.num_rows, np.diff(plan.query_start)
+    per_sequence = -(-counts // size)
+    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), per_sequence)
+    within = _ramp(per_sequence) * size
+    rows = np.minimum(size, counts[sequence] - within)
+    length = plan.context_len[sequence]
+    position = length - counts[sequence] + within
+    first, end = np.zeros_like(position), length
+    if attention.window is not None:
+        first = np.maximum(0, position + 1 - attention.window) // tiling.split
+        end = np.minimum(position + rows - 1 + attention.window, length)
+    if not attention.sees_all:
+        end = position + rows
+    slot = np.full_like(sequence, -1)
+    columns = (
+        sequence,
+        plan.query_start[sequence] + within,
+        rows,
+        position,
+        length,
+        first,
+        -(-end // tiling.split),
+        slot,
+    )
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def _are_split(tiles: Ints, num_lanes: int, max_slots: int) -> Flags:
+    """Which tiles' splits become items of their own: those that would keep one program busy for too long.
+
+    If there is not room for the parts of all of these, then the longest.
+    """
+    counts = (tiles[:, _END] - tiles[:, _FIRST]).astype(np.int64)
+    is_long: Flags = (counts > 1) & (counts * _EVEN * num_lanes > counts.sum())
+    order = np.argsort(-counts, kind="stable")
+    slots = np.cumsum(np.where(is_long, counts * tiles[:, _ROWS], 0)[order])
+    is_long[order] &= slots <= max_slots
+    return is_long
+
+
+def _ramp(counts: Ints) -> Ints:
+    """0 … n − 1 for each n of ``counts``, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(ends - counts, counts).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkOnDevice:
+    """``Work`` on the device, where more room may follow what there is.
+
+    Attributes:
+        items: [W, 8] int32. num_items: [1] int32.
+        merges: [R, 4] int32. num_merges: [1] int32.
+    """
+
+    items: Tensor
+    num_items: Tensor
+    merges: Tensor
+    num_merges: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Room for the splits that are items of their own, ``4 · H · (K + 2)`` bytes each.
+
+    Attributes:
+        totals: [slots, H, K] float32.
+        stats: [slots, H, 2] float32.
+    """
+
+    totals: Tensor
+    stats: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixGates:
+    """What the keys and values of sequences' KV prefixes are multiplied with, in one layer.
+
+    Attributes:
+        factors: [B, 2] float32, of keys and of values; 1 where there is no gate.
+        query_start: [B + 1] int32, each sequence's first row; its others come before, as those of encoders do.
+    """
+
+    factors: Tensor
+    query_start: Tensor
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    work: WorkOnDevice,
+    parts: Parts,
+    out: Tensor,
+    attention: Attention,
+    tiling: Tiling,
+    num_lanes: int,
+    gates: PrefixGates | None = None,
+) -> None:
+    """Launches ``softmax(cap(scale · q Kᵀ)) V`` of all rows of a step.
+
+    Args:
+        queries: [N, H, K] bfloat16; rows may be apart.
+        keys: [blocks, block, Hkv, K] bfloat16, of one layer; this step's are there.
+        values: the same.
+        tables: [B, longest] int32.
+        work: of the step, for this window.
+        parts: written and read.
+        out: [N, H, K] bfloat16 or float32.
+        attention: the layer's.
+        tiling: of the model.
+        num_lanes: programs that walk the items; ``num_lanes · head_tiles`` programs run.
+        gates: None for none.
+    """
+    log2_e, cap = math.log2(math.e), attention.softcap
+    scale = attention.scale * log2_e
+    kernels.attend[(num_lanes, tiling.head_tiles)](
+        queries,
+        keys,
+        values,
+        tables,
+        work.items,
+        work.num_items,
+        parts.totals,
+        parts.stats,
+        out,
+        work.items if gates is None else gates.factors,
+        work.items if gates is None else gates.query_start,
+        scale if cap is None else 2 * scale / cap,
+        1.0 if cap is None else cap * log2_e,
+        queries.stride(0),
+        tables.stride(0),
+        **constants_of(attention, tiling, keys.shape[1], has_gates=gates is not None),
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=False,
+    )
+    kernels.combine[(num_lanes, attention.num_heads)](
+        parts.totals,
+        parts.stats,
+        out,
+        work.merges,
+        work.num_merges,
+        HQ=attention.num_heads,
+        D=attention.head_dim,
+        BD=tiling.head_size,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
+def constants_of(
+    attention: Attention, tiling: Tiling, block_size: int, *, has_gates: bool = False
+) -> dict[str, int | bool]:
+    """The constants that the kernel ``attend`` is compiled for."""
+    return {
+        "HQ": attention.num_heads,
+        "HKV": attention.num_kv_heads,
+        "D": attention.head_dim,
+        "BLOCK": block_size,
+        "HEADS": tiling.num_heads,
+        "BM": tiling.size,
+        "BD": tiling.head_size,
+        "TILE": tiling.tile,
+        "SPLIT": tiling.split,
+        "WINDOW": attention.window or 0,
+        "SEES_ALL": attention.sees_all,
+        "HAS_CAP": attention.softcap is not None,
+        "HAS_GATES": has_gates,
+    }

@@ -1,0 +1,130 @@
+"""K11: activations, gated and plain, and the scaling of logits.
+
+Functions are those of ``manyhats.adapters.activations``, by the same names, in float32. A NaN stays one.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _relu(x):
+    """``max(x, 0)``."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _sigmoid(x):
+    """``1 / (1 + e⁻ˣ)``, by ``e^(−|x|)``, which does not overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    """``(1 − e) / (1 + e)``, ``e = e^(−2 |x|)``, with the sign of x; near 0, where that cancels, its series."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    return tl.where(s < 0.0625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _softplus(x):
+    """``ln(1 + eˣ)`` as ``max(x, 0) + ln(1 + e)``, ``e = e^(−|x|)``; a small e is not lost in the sum.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 1.14.1.
+    """
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, e * (tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return _relu(x) + log1p
+
+
+@triton.jit
+def _gelu(x):
+    """``x · Φ(x)``."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def activated(x, NAME: tl.constexpr):
+    """The activation of a name, elementwise: float32 of any shape → the same."""
+    if NAME == "gelu":
+        y = _gelu(x)
+    elif NAME == "gelu_10":
+        y = _gelu(x)
+        y = tl.where(y > 10.0, 10.0, y)  # it is nowhere below −0.2
+    elif NAME == "gelu_pytorch_tanh":
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif NAME == "hardswish":
+        shifted = _relu(x + 3.0)
+        y = x * tl.where(shifted > 6.0, 6.0, shifted) / 6.0
+    elif NAME == "laplace":
+        y = 0.5 * (1.0 + tl.erf((x - 0.707107) * (1.0 / (0.282095 * 1.4142135623730951))))
+    elif NAME == "leaky_relu":
+        y = tl.where(x < 0.0, 0.01 * x, x)
+    elif NAME == "linear":
+        y = x
+    elif NAME == "mish":
+        y = x * tanh(_softplus(x))
+    elif NAME == "quick_gelu":
+        y = x * _sigmoid(1.702 * x)
+    elif NAME == "relu":
+        y = _relu(x)
+    elif NAME == "relu2":
+        y = _relu(x) * _relu(x)
+    elif NAME == "relu6":
+        y = _relu(x)
+        y = tl.where(y > 6.0, 6.0, y)
+    elif NAME == "sigmoid":
+        y = _sigmoid(x)
+    elif NAME == "silu":
+        y = x * _sigmoid(x)
+    elif NAME == "sqrtsoftplus":
+        y = tl.sqrt(_softplus(x))
+    elif NAME == "tanh":
+        y = tanh(x)
+    else:
+        tl.static_assert(False, "not an activation that is known")
+    return y
+
+
+@triton.jit
+def activate(
+    x, y, X_STRIDE, SIZE, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``y = act(x)``, or of x = (gate, up) ``y = act(gate) · up``.
+
+    Args:
+        x: [M, SIZE], or [M, 2 · SIZE] if ``IS_GATED``, float32 or bfloat16, rows ``X_STRIDE`` apart.
+        y: [M, SIZE] float32 or bfloat16.
+
+    Grid: M, SIZE / BLOCK.
+    """
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_value = i < SIZE
+    v = activated(tl.load(x + row * X_STRIDE + i, mask=is_value, other=0.0).to(tl.float32), NAME)
+    if IS_GATED:
+        v = v * tl.load(x + row * X_STRIDE + SIZE + i, mask=is_value, other=0.0).to(tl.float32)
+    tl.store(y + row * SIZE + i, v.to(y.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def scale_logits(
+    x, STRIDE, SIZE, DIVISOR, CAP, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """In place ``x / DIVISOR``, with a cap ``CAP · tanh(x / DIVISOR / CAP)``; divisions are rounded to the nearest.
+
+    Args:
+        x: [M, SIZE] float32, rows ``STRIDE`` apart.
+
+    Grid: M, SIZE / BLOCK.
+    """
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_value = i < SIZE
+    v = tl.div_rn(tl.load(x + row * STRIDE + i, mask=is_value, other=0.0), DIVISOR)
+    if HAS_CAP:
+        v = CAP * tanh(tl.div_rn(v, CAP))
+    tl.store(x + row * STRIDE + i, v, mask=is_value)
