@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import Delta, LoweredAdapter
-from manyhats.engine.backends.cuda.adapters.packing import LargestSizes
+from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
 from manyhats.engine.backends.plan import AdapterRows

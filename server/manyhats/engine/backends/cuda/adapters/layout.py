@@ -41,6 +41,14 @@ class SublayerPlace:
     word: int
 
 
+@dataclass(frozen=True, slots=True)
+class LargestSizes:
+    """The largest rank and bottleneck that workspaces are made for."""
+
+    rank: int
+    bottleneck: int
+
+
 @dataclass(frozen=True)
 class RecordLayout:
     """The words of a record: each layer's groups and sub-layers, then embedding and output head.

@@ -1,14 +1,9 @@
-"""One adapter laid out for the device: its numbers end to end in host memory, and its record."""
+"""From an adapter's deltas to its record, and what the kernels cannot run."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,17 +18,16 @@ from manyhats.adapters.primitives import (
     HeadRows,
     HeadWeight,
     InputScale,
-    LayerNorm,
     LoweredAdapter,
     LowRank,
     PrefixGate,
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.cuda.adapters.acting import Acting
-from manyhats.engine.backends.cuda.adapters.layout import GroupPlace, RecordLayout
+from manyhats.engine.backends.cuda.adapters.layout import GroupPlace, LargestSizes, RecordLayout
+from manyhats.engine.backends.cuda.adapters.packed import PackedAdapter, RecordWriter
 from manyhats.engine.backends.cuda.adapters.words import (
     ACTIVATIONS,
-    ROW_VALUES,
     BottleneckWord,
     EmbeddingWord,
     HeadWord,
@@ -42,9 +36,6 @@ from manyhats.engine.backends.cuda.adapters.words import (
 )
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import SUBLAYERS
-
-_ALIGNMENT = 128
-"""Bytes: every tensor begins at a multiple, zeros before it, so that a vector can be read to the end of a tile."""
 
 _LOW_RANK = "low-rank delta"
 
@@ -55,44 +46,6 @@ _SOURCES: Mapping[BottleneckInput | None, Source] = {
     BottleneckInput.RESIDUAL: Source.RESIDUAL,
     BottleneckInput.NORMED: Source.NORMED,
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedAdapter:
-    """``Packed`` on CUDA.
-
-    Attributes:
-        numbers: [bytes] uint8, pinned where there is CUDA: all matrices and vectors.
-        record: [words] int64; addresses count from the beginning of the numbers.
-        addresses: [n] int64, which of the words are addresses.
-        acting: what it does.
-        vocab_size: of its task; None if that is the base's.
-    """
-
-    numbers: Tensor
-    record: npt.NDArray[np.int64]
-    addresses: npt.NDArray[np.int64]
-    acting: Acting
-    vocab_size: int | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Resident bytes."""
-        return int(self.numbers.nbytes + self.record.nbytes + self.addresses.nbytes)
-
-    def record_at(self, address: int) -> npt.NDArray[np.int64]:
-        """The record of numbers that begin at an address."""
-        record = self.record.copy()
-        record[self.addresses] += address
-        return record
-
-
-@dataclass(frozen=True, slots=True)
-class LargestSizes:
-    """The largest rank and bottleneck that workspaces are made for."""
-
-    rank: int
-    bottleneck: int
 
 
 def pack_adapter(
@@ -115,10 +68,7 @@ class _Packer:
     def __init__(self, layout: RecordLayout, largest: LargestSizes) -> None:
         self._layout = layout
         self._largest = largest
-        self._record = np.zeros(layout.num_words, np.int64)
-        self._addresses: list[int] = []
-        self._tensors: list[tuple[int, Tensor, torch.dtype]] = []
-        self._end = 0
+        self._writer = RecordWriter(layout.num_words)
         self._taken: set[tuple[int, str]] = set()
         self._input_scales: dict[tuple[int, str], list[InputScale]] = {}
         self._acting = Acting()
@@ -153,28 +103,23 @@ class _Packer:
         """Copies the numbers."""
         for (layer, group), scales in self._input_scales.items():
             self._enter_input_scale(self._layout.group(layer, group), scales)
-        numbers = torch.zeros(self._end, dtype=torch.uint8, pin_memory=pinned)
-        for begin, tensor, dtype in self._tensors:
-            _copy(tensor, numbers[begin:], dtype)
-        return PackedAdapter(
-            numbers, self._record, np.array(self._addresses, np.int64), self._acting, vocab_size
-        )
+        return self._writer.packed(self._acting, vocab_size, pinned=pinned)
 
     def _low_rank(self, at: int, delta: LowRank) -> None:
         self._take(at, _LOW_RANK, delta.site)
         _check_no_gate(delta.gate, delta.site)
         _check_size(delta.rank, self._largest.rank, f"{delta.site}: its rank")
-        self._matrix(at + LinearWord.A, delta.a)
-        self._matrix(at + LinearWord.B, delta.b.T)
-        self._set(at, {LinearWord.RANK: delta.rank, LinearWord.SCALE: float(delta.scale)})
+        self._writer.matrix(at + LinearWord.A, delta.a)
+        self._writer.matrix(at + LinearWord.B, delta.b.T)
+        self._writer.set(at, {LinearWord.RANK: delta.rank, LinearWord.SCALE: float(delta.scale)})
 
     def _affine(self, at: int, delta: Affine) -> None:
         self._take(at, "scale and offset", delta.site)
         _check_no_gate(delta.gate, delta.site)
         if delta.scale is not None:
-            self._vector(at + LinearWord.FACTORS, delta.scale)
+            self._writer.vector(at + LinearWord.FACTORS, delta.scale)
         if delta.offset is not None:
-            self._vector(at + LinearWord.OFFSETS, delta.offset)
+            self._writer.vector(at + LinearWord.OFFSETS, delta.offset)
         self._acts(Acting(outputs=self._groups(delta.site)))
 
     def _input_scale(self, delta: InputScale) -> None:
@@ -194,7 +139,7 @@ class _Packer:
         for each in scales:
             if (self._layout.linear(each.site), _LOW_RANK) in self._taken:
                 raise ModelError(f"{each.site}: a scale of the input and a low-rank delta exclude each other")
-        self._vector(place.input_scale, first.scale)
+        self._writer.vector(place.input_scale, first.scale)
         self._acts(Acting(inputs=frozenset((place.name,))))
 
     def _bottleneck(self, delta: Bottleneck) -> None:
@@ -202,16 +147,16 @@ class _Packer:
         self._check_bottleneck(delta)
         at = self._layout.sublayer(site).word
         self._take(at, "bottleneck", site)
-        self._matrix(at + BottleneckWord.DOWN, delta.down)
-        self._matrix(at + BottleneckWord.UP, delta.up.T)
-        self._vector(at + BottleneckWord.DOWN_BIAS, delta.down_bias)
-        self._vector(at + BottleneckWord.UP_BIAS, delta.up_bias)
-        self._vector(at + BottleneckWord.SCALE, delta.scale.expand(delta.up.shape[0]))
+        self._writer.matrix(at + BottleneckWord.DOWN, delta.down)
+        self._writer.matrix(at + BottleneckWord.UP, delta.up.T)
+        self._writer.vector(at + BottleneckWord.DOWN_BIAS, delta.down_bias)
+        self._writer.vector(at + BottleneckWord.UP_BIAS, delta.up_bias)
+        self._writer.vector(at + BottleneckWord.SCALE, delta.scale.expand(delta.up.shape[0]))
         if delta.norm_before is not None:
-            self._norm(at + BottleneckWord.BEFORE_WEIGHT, delta.norm_before)
+            self._writer.norm(at + BottleneckWord.BEFORE_WEIGHT, delta.norm_before)
         if delta.norm_after is not None:
-            self._norm(at + BottleneckWord.AFTER_WEIGHT, delta.norm_after)
-        self._set(
+            self._writer.norm(at + BottleneckWord.AFTER_WEIGHT, delta.norm_after)
+        self._writer.set(
             at,
             {
                 BottleneckWord.SIZE: size,
@@ -245,10 +190,10 @@ class _Packer:
     def _embedding_low_rank(self, delta: EmbeddingLowRank) -> None:
         at = self._layout.embedding
         self._take(at, _LOW_RANK, EMBEDDING)
-        self._matrix(at + EmbeddingWord.A, delta.a)
-        self._matrix(at + EmbeddingWord.B, delta.b.T)
+        self._writer.matrix(at + EmbeddingWord.A, delta.a)
+        self._writer.matrix(at + EmbeddingWord.B, delta.b.T)
         num_tokens, rank = delta.a.shape
-        self._set(
+        self._writer.set(
             at,
             {
                 EmbeddingWord.RANK: rank,
@@ -262,15 +207,15 @@ class _Packer:
         at = self._layout.embedding
         self._take(at, "set of rows", EMBEDDING)
         ids, order = delta.ids.sort()
-        self._integers(at + EmbeddingWord.IDS, ids)
-        self._matrix(at + EmbeddingWord.ROWS, delta.rows[order])
-        self._set(at, {EmbeddingWord.NUM_ROWS: ids.numel()})
+        self._writer.integers(at + EmbeddingWord.IDS, ids)
+        self._writer.matrix(at + EmbeddingWord.ROWS, delta.rows[order])
+        self._writer.set(at, {EmbeddingWord.NUM_ROWS: ids.numel()})
         self._acts(Acting(changes_embeddings=True))
 
     def _head_rows(self, delta: HeadRows) -> None:
         at = self._layout.head_rows
         self._take(at, "set of rows", HEAD)
-        self._integers(at + HeadWord.IDS, delta.ids)
+        self._writer.integers(at + HeadWord.IDS, delta.ids)
         self._head_matrix(at, delta.rows, delta.bias)
         self._acts(Acting(head_rows=delta.ids.numel()))
 
@@ -281,10 +226,10 @@ class _Packer:
         self._acts(Acting(head_weight=int(delta.weight.shape[0])))
 
     def _head_matrix(self, at: int, weight: Tensor, bias: Tensor | None) -> None:
-        self._matrix(at + HeadWord.ROWS, weight)
+        self._writer.matrix(at + HeadWord.ROWS, weight)
         if bias is not None:
-            self._vector(at + HeadWord.BIAS, bias)
-        self._set(at, {HeadWord.NUM_ROWS: int(weight.shape[0])})
+            self._writer.vector(at + HeadWord.BIAS, bias)
+        self._writer.set(at, {HeadWord.NUM_ROWS: int(weight.shape[0])})
 
     def _linear(self, site: Site) -> int:
         if site.layer < 0 or site.name not in self._layout.group_of:
@@ -301,52 +246,6 @@ class _Packer:
         if (at, what) in self._taken:
             raise ModelError(f"{site}: one {what} a site, not two")
         self._taken.add((at, what))
-
-    def _set(self, at: int, values: Mapping[IntEnum, int | float]) -> None:
-        for word, value in values.items():
-            bits = _bits(value) if isinstance(value, float) else int(value)
-            self._record[at + word] = bits
-
-    def _norm(self, at: int, norm: LayerNorm) -> None:
-        """Weight, bias and eps are words side by side."""
-        self._vector(at, norm.weight)
-        self._vector(at + 1, norm.bias)
-        self._record[at + 2] = _bits(norm.eps)
-
-    def _matrix(self, word: int, matrix: Tensor) -> None:
-        """[n, k] as bfloat16, its rows padded with zeros."""
-        self._put(word, matrix, torch.bfloat16, matrix.shape[0] * _padded(matrix.shape[1]) * 2)
-
-    def _vector(self, word: int, vector: Tensor) -> None:
-        self._put(word, vector, torch.float32, vector.numel() * 4)
-
-    def _integers(self, word: int, values: Tensor) -> None:
-        self._put(word, values, torch.int32, values.numel() * 4)
-
-    def _put(self, word: int, tensor: Tensor, dtype: torch.dtype, num_bytes: int) -> None:
-        self._record[word] = self._end
-        self._addresses.append(word)
-        self._tensors.append((self._end, tensor, dtype))
-        self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _copy(tensor: Tensor, to: Tensor, dtype: torch.dtype) -> None:
-    """Copies a matrix, whose rows are padded, or a vector, to the first of some bytes."""
-    if tensor.dim() == 1:
-        to[: tensor.numel() * dtype.itemsize].view(dtype).copy_(tensor)
-        return
-    num_rows, size = tensor.shape
-    num_bytes = num_rows * _padded(size) * dtype.itemsize
-    to[:num_bytes].view(dtype).view(num_rows, -1)[:, :size].copy_(tensor)
-
-
-def _padded(size: int) -> int:
-    return -(-size // ROW_VALUES) * ROW_VALUES
-
-
-def _bits(value: float) -> int:
-    """A float32 in the lower half of a word."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def _check_no_gate(gate: Gate | None, site: Site) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.backends.cuda.adapters.acting import Acting
-from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
-from manyhats.engine.backends.cuda.adapters.packing import LargestSizes, PackedAdapter, pack_adapter
+from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
+from manyhats.engine.backends.cuda.adapters.packed import PackedAdapter
+from manyhats.engine.backends.cuda.adapters.packing import pack_adapter
 from manyhats.engine.backends.cuda.arena import Arena, Region
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.architecture import Architecture

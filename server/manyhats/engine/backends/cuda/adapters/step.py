@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.acting import Acting
-from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
-from manyhats.engine.backends.cuda.adapters.packing import LargestSizes
+from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.segments import segments_of
 from manyhats.engine.backends.plan import AdapterRows
 
