@@ -48,6 +48,7 @@ class Served:
         self.architecture = architecture or odd_architecture()
         device = torch.device(DEVICE)
         self.slots = CudaAdapterSlots(self.architecture, len(adapters) + 1, ARENA_BYTES, LARGEST, device)
+        self.slots._memory.fill_(0xFF)  # NaN, whatever it is taken for
         self.layout = self.slots.layout
         self.torch: dict[int, TorchAdapter] = {}
         oracle = TorchAdapterSlots(torch.bfloat16, device)

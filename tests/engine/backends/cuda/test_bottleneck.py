@@ -26,11 +26,11 @@ HIDDEN = 40
 SITE = Site(1, "feed_forward")
 
 
-def layer_norm(seed: int) -> LayerNorm:
-    return LayerNorm(1 + normal(seed, HIDDEN), normal(seed + 1, HIDDEN), 1e-3)
+def layer_norm(seed: int, hidden_size: int = HIDDEN) -> LayerNorm:
+    return LayerNorm(1 + normal(seed, hidden_size), normal(seed + 1, hidden_size), 1e-3)
 
 
-def adapter(seed: int, size: int, **settings: Any) -> list[Any]:
+def adapter(seed: int, size: int, hidden_size: int = HIDDEN, **settings: Any) -> list[Any]:
     values = {
         "input": BottleneckInput.OUTPUT,
         "activation": "silu",
@@ -40,10 +40,10 @@ def adapter(seed: int, size: int, **settings: Any) -> list[Any]:
     return [
         Bottleneck(
             site=SITE,
-            down=normal(seed, size, HIDDEN),
+            down=normal(seed, size, hidden_size),
             down_bias=normal(seed + 1, size),
-            up=normal(seed + 2, HIDDEN, size),
-            up_bias=normal(seed + 3, HIDDEN),
+            up=normal(seed + 2, hidden_size, size),
+            up_bias=normal(seed + 3, hidden_size),
             **values,
         )
     ]
@@ -67,8 +67,8 @@ NORMED = [
 ]
 
 
-def with_stream_norm() -> Architecture:
-    plain = odd_architecture()
+def with_stream_norm(hidden_size: int = HIDDEN) -> Architecture:
+    plain = odd_architecture(hidden_size=hidden_size)
     around = Around(stream=Norm(1e-4, kind="layer", has_bias=True))
     return replace(
         plain,
@@ -76,9 +76,9 @@ def with_stream_norm() -> Architecture:
     )
 
 
-def stream_norm(kind: StreamNorm) -> PlacedNorm:
-    bias = normal(81, HIDDEN) if kind == StreamNorm.LAYER else None
-    return PlacedNorm(kind, 1 + normal(80, HIDDEN), bias, 1e-4)
+def stream_norm(kind: StreamNorm, hidden_size: int = HIDDEN) -> PlacedNorm:
+    bias = normal(81, hidden_size) if kind == StreamNorm.LAYER else None
+    return PlacedNorm(kind, 1 + normal(80, hidden_size), bias, 1e-4)
 
 
 def normed(norm: PlacedNorm, x: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def changed(
     return found
 
 
-def stream(num_rows: int) -> tuple[Tensor, Tensor]:
-    return normal(90, num_rows, HIDDEN), normal(91, num_rows, HIDDEN)
+def stream(num_rows: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor]:
+    return normal(90, num_rows, hidden_size), normal(91, num_rows, hidden_size)
 
 
 MIXED = [3, 0, 1, 5, *[2] * 17, 6, 4, 1]
@@ -137,6 +137,25 @@ def test_a_bottleneck_may_read_and_carry_the_norm_of_the_stream(kind: StreamNorm
     for row in (0, 1, 3, 4):
         assert off(found[row] - m[row], right[row] - m[row]) <= 5e-3, row
     assert torch.equal(found[2], m[2])
+
+
+def test_a_wide_stream_is_read_and_left_in_parts() -> None:
+    wide, norm = 1100, stream_norm(StreamNorm.LAYER, 1100)
+    own = adapter(
+        60,
+        20,
+        wide,
+        input=BottleneckInput.NORMED,
+        norm_before=layer_norm(74, wide),
+        norm_after=layer_norm(76, wide),
+        norm_residual=BottleneckInput.SUM,
+        carry_normed=0.5,
+    )
+    served = Served([own], with_stream_norm(wide))
+    r, m = stream(2, wide)
+    found, right = changed(served, [0, 1], r, m, norm), expected(served, [0, 1], r, m, norm)
+    assert off(found[1] - m[1], right[1] - m[1]) <= 5e-3
+    assert torch.equal(found[0], m[0])
 
 
 def test_a_row_has_the_same_bits_alone_and_in_any_step() -> None:

@@ -23,7 +23,7 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.cuda.adapters import ends
-from support.gpu.adapters import Served, normal, off
+from support.gpu.adapters import Served, normal, odd_architecture, off
 from support.gpu.no_sync import no_sync
 
 HIDDEN, VOCAB = 40, 70
@@ -44,7 +44,7 @@ EMBEDDINGS: list[list[Delta]] = [
 ]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0, 4, 9, 30, 31, 69])), min_size=1, max_size=9))
 def test_each_row_has_its_own_adapters_embedding(rows: list[tuple[int, int]]) -> None:
     rows = [*rows, (2, 75)]  # a token that is the task's own
@@ -66,6 +66,23 @@ def test_each_row_has_its_own_adapters_embedding(rows: list[tuple[int, int]]) ->
         if slot in (0, 4) or (slot == 2 and token in (4, 9, 30, 75)):
             assert torch.equal(found[row], right[0] * multiplier), "taken as it is"
         assert torch.allclose(found[row], right[0] * multiplier, rtol=1e-5, atol=1e-4)
+
+
+def test_a_wide_embedding_is_changed_in_parts() -> None:
+    wide = 1100
+    own: list[Delta] = [
+        EmbeddingLowRank(normal(4, VOCAB, 3), normal(5, wide, 3), 1.5),
+        EmbeddingRows(ids(4), normal(6, 1, wide)),
+    ]
+    served = Served([own], odd_architecture(hidden_size=wide))
+    embedded, tokens = normal(8, 3, wide), ids(4, 5, 5)
+    found = embedded.clone()
+    ends.change_embeddings(served.step([1, 1, 0]), served.layout, tokens.int(), found)
+    low_rank, rows = served.torch[1].at(EMBEDDING, EmbeddingLowRank | EmbeddingRows)
+    right = equations.embedding(rows, tokens, equations.embedding(low_rank, tokens, embedded))
+    assert torch.equal(found[0], right[0])
+    assert torch.allclose(found[1], right[1], rtol=1e-5, atol=1e-4)
+    assert torch.equal(found[2], embedded[2])
 
 
 HEADS: list[list[Delta]] = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -121,9 +121,13 @@ class CudaAdapterSlots:
     @contextmanager
     def _copying(self) -> Iterator[None]:
         """Copies go through a stream of their own; none is under way afterwards."""
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        if self._stream is None:
             yield
-        if self._stream is not None:
+            return
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
             self._stream.synchronize()
 
 

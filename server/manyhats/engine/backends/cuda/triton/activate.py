@@ -31,8 +31,9 @@ LAPLACE_FACTOR = tl.constexpr(1.0 / (0.282095 * math.sqrt(2.0)))
 
 @triton.jit
 def sigmoid(v):
-    """``1 / (1 + e⁻ᵛ)``."""
-    return 1.0 / (1.0 + tl.exp(-v))
+    """``1 / (1 + e⁻ᵛ)``, without overflow."""
+    e = tl.exp(-tl.abs(v))
+    return tl.where(v < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

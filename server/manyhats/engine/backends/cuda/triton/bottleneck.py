@@ -10,15 +10,27 @@ import triton.language as tl
 
 from manyhats.engine.backends.cuda.adapters.words import BottleneckWord, Source, StreamNorm
 from manyhats.engine.backends.cuda.triton.activate import activate
-from manyhats.engine.backends.cuda.triton.deltas import integer, matrix, number, padded, shrunk, vector
+from manyhats.engine.backends.cuda.triton.deltas import (
+    integer,
+    matrix,
+    number,
+    padded,
+    segment,
+    shrunk,
+    vector,
+)
 
 UP = tl.constexpr(int(BottleneckWord.UP))
 SIZE = tl.constexpr(int(BottleneckWord.SIZE))
 DOWN_BIAS = tl.constexpr(int(BottleneckWord.DOWN_BIAS))
 UP_BIAS = tl.constexpr(int(BottleneckWord.UP_BIAS))
 SCALE = tl.constexpr(int(BottleneckWord.SCALE))
-BEFORE = tl.constexpr(int(BottleneckWord.BEFORE_WEIGHT))
-AFTER = tl.constexpr(int(BottleneckWord.AFTER_WEIGHT))
+BEFORE_WEIGHT = tl.constexpr(int(BottleneckWord.BEFORE_WEIGHT))
+BEFORE_BIAS = tl.constexpr(int(BottleneckWord.BEFORE_BIAS))
+BEFORE_EPS = tl.constexpr(int(BottleneckWord.BEFORE_EPS))
+AFTER_WEIGHT = tl.constexpr(int(BottleneckWord.AFTER_WEIGHT))
+AFTER_BIAS = tl.constexpr(int(BottleneckWord.AFTER_BIAS))
+AFTER_EPS = tl.constexpr(int(BottleneckWord.AFTER_EPS))
 ACTIVATION = tl.constexpr(int(BottleneckWord.ACTIVATION))
 INPUT = tl.constexpr(int(BottleneckWord.INPUT))
 NORM_RESIDUAL = tl.constexpr(int(BottleneckWord.NORM_RESIDUAL))
@@ -113,39 +125,22 @@ def read(
             if NORM != NO_NORM:  # noqa: SIM102 - the outer condition is the compiler's
                 if kind == NORMED:
                     mean, factor = moments(
-                        SUM,
-                        m,
-                        r,
-                        m,
-                        D,
-                        0.0,
-                        0.0,
-                        weight,
-                        bias,
-                        eps,
-                        NORM,
-                        HAS_BIAS,
-                        False,
-                        NORM == LAYER,
-                        BLOCK,
-                    )
-            has_before = tl.load(entry + BEFORE) != 0
+                        SUM, m, r, m, D, 0.0, 0.0, weight, bias, eps, NORM, HAS_BIAS, False, NORM == LAYER, BLOCK
+                    )  # fmt: skip
+            has_before = tl.load(entry + BEFORE_WEIGHT) != 0
             own_mean, own_factor = 0.0, 0.0
             if has_before:
                 own_mean, own_factor = moments(
-                    kind, m, r, m, D, mean, factor, weight, bias, number(entry + BEFORE + 2),
+                    kind, m, r, m, D, mean, factor, weight, bias, number(entry + BEFORE_EPS),
                     NORM, HAS_BIAS, False, True, BLOCK,
                 )  # fmt: skip
             for c0 in range(0, D, BLOCK):
                 c = c0 + tl.arange(0, BLOCK)
                 v = source(kind, r, m, c, c < D, mean, factor, weight, bias, NORM, HAS_BIAS)
                 if has_before:
-                    v = (
-                        (v - own_mean)
-                        * own_factor
-                        * tl.load(vector(entry + BEFORE) + c, mask=c < D, other=0.0)
-                    )
-                    v += tl.load(vector(entry + BEFORE + 1) + c, mask=c < D, other=0.0)
+                    v = (v - own_mean) * own_factor
+                    v *= tl.load(vector(entry + BEFORE_WEIGHT) + c, mask=c < D, other=0.0)
+                    v += tl.load(vector(entry + BEFORE_BIAS) + c, mask=c < D, other=0.0)
                 tl.store(x + place * D + c, v.to(tl.bfloat16), mask=c < D)
 
 
@@ -163,11 +158,7 @@ def widen(
     """
     s, c = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     if s < tl.load(num_segments):
-        slot, first, count = (
-            tl.load(segments + s * 3),
-            tl.load(segments + s * 3 + 1),
-            tl.load(segments + s * 3 + 2),
-        )
+        slot, first, count = segment(segments, s)
         entry = records + slot * RECORD + at
         size = integer(entry + SIZE)
         if size > 0:
@@ -209,36 +200,19 @@ def leave(
             r += row * D
             m += row * D
             f += place * D
-            keep, carry, carry_normed = (
-                number(entry + KEEP),
-                number(entry + CARRY),
-                number(entry + CARRY_NORMED),
-            )
+            keep, carry = number(entry + KEEP), number(entry + CARRY)
+            carry_normed = number(entry + CARRY_NORMED)
             mean, factor = 0.0, 0.0
             if NORM != NO_NORM:  # noqa: SIM102 - the outer condition is the compiler's
                 if (kind == NORMED) | (carry_normed != 0.0):
                     mean, factor = moments(
-                        SUM,
-                        m,
-                        r,
-                        m,
-                        D,
-                        0.0,
-                        0.0,
-                        weight,
-                        bias,
-                        eps,
-                        NORM,
-                        HAS_BIAS,
-                        False,
-                        NORM == LAYER,
-                        BLOCK,
-                    )
-            has_after = tl.load(entry + AFTER) != 0
+                        SUM, m, r, m, D, 0.0, 0.0, weight, bias, eps, NORM, HAS_BIAS, False, NORM == LAYER, BLOCK
+                    )  # fmt: skip
+            has_after = tl.load(entry + AFTER_WEIGHT) != 0
             own_mean, own_factor = 0.0, 0.0
             if has_after:
                 own_mean, own_factor = moments(
-                    kind, f, r, m, D, mean, factor, weight, bias, number(entry + AFTER + 2),
+                    kind, f, r, m, D, mean, factor, weight, bias, number(entry + AFTER_EPS),
                     NORM, HAS_BIAS, True, True, BLOCK,
                 )  # fmt: skip
             for c0 in range(0, D, BLOCK):
@@ -246,16 +220,11 @@ def leave(
                 v = tl.load(f + c, mask=c < D, other=0.0)
                 if has_after:
                     v += source(kind, r, m, c, c < D, mean, factor, weight, bias, NORM, HAS_BIAS)
-                    v = (
-                        (v - own_mean)
-                        * own_factor
-                        * tl.load(vector(entry + AFTER) + c, mask=c < D, other=0.0)
-                    )
-                    v += tl.load(vector(entry + AFTER + 1) + c, mask=c < D, other=0.0)
-                output, residual = (
-                    tl.load(m + c, mask=c < D, other=0.0),
-                    tl.load(r + c, mask=c < D, other=0.0),
-                )
+                    v = (v - own_mean) * own_factor
+                    v *= tl.load(vector(entry + AFTER_WEIGHT) + c, mask=c < D, other=0.0)
+                    v += tl.load(vector(entry + AFTER_BIAS) + c, mask=c < D, other=0.0)
+                output = tl.load(m + c, mask=c < D, other=0.0)
+                residual = tl.load(r + c, mask=c < D, other=0.0)
                 v += keep * output + carry * residual
                 if NORM != NO_NORM:  # noqa: SIM102 - the outer condition is the compiler's
                     if carry_normed != 0.0:

@@ -20,6 +20,12 @@ PAD = tl.constexpr(ROW_VALUES)
 
 
 @triton.jit
+def segment(segments, s):
+    """Slot, first place and size of a segment."""
+    return tl.load(segments + s * 3), tl.load(segments + s * 3 + 1), tl.load(segments + s * 3 + 2)
+
+
+@triton.jit
 def integer(word):
     """A word of a record as an int32."""
     return tl.load(word).to(tl.int32)
@@ -80,11 +86,7 @@ def shrink(
     s, part = tl.program_id(0), tl.program_id(1)
     split, rank0 = tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS * BR
     if s < tl.load(num_segments):
-        slot, first, count = (
-            tl.load(segments + s * 3),
-            tl.load(segments + s * 3 + 1),
-            tl.load(segments + s * 3 + 2),
-        )
+        slot, first, count = segment(segments, s)
         entry = records + slot * RECORD + at + part * WORDS
         rank = integer(entry + RANK)
         if rank0 < rank:
@@ -124,11 +126,7 @@ def expand(
     size = tl.where(part == 0, SIZE0, tl.where(part == 1, SIZE1, SIZE2))
     start = tl.where(part == 0, 0, tl.where(part == 1, SIZE0, SIZE0 + SIZE1))
     if (s < tl.load(num_segments)) & (column0 < size):
-        slot, first, count = (
-            tl.load(segments + s * 3),
-            tl.load(segments + s * 3 + 1),
-            tl.load(segments + s * 3 + 2),
-        )
+        slot, first, count = segment(segments, s)
         entry = records + slot * RECORD + at + part * WORDS
         rank = integer(entry + RANK)
         has_factors, has_offsets = tl.load(entry + FACTORS) != 0, tl.load(entry + OFFSETS) != 0
@@ -169,11 +167,7 @@ def scale_inputs(
     """
     s, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
     if s < tl.load(num_segments):
-        slot, first, count = (
-            tl.load(segments + s * 3),
-            tl.load(segments + s * 3 + 1),
-            tl.load(segments + s * 3 + 2),
-        )
+        slot, first, count = segment(segments, s)
         word = records + slot * RECORD + at
         if tl.load(word) != 0:
             factors = tl.load(vector(word) + k, mask=k < K, other=0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from manyhats.engine.backends.cuda.adapters.words import EmbeddingWord, HeadWord
-from manyhats.engine.backends.cuda.triton.deltas import integer, matrix, number, padded, vector
+from manyhats.engine.backends.cuda.triton.deltas import integer, matrix, number, padded, segment, vector
 
 A = tl.constexpr(int(EmbeddingWord.A))
 B = tl.constexpr(int(EmbeddingWord.B))
@@ -87,11 +87,7 @@ def own_logits(
     """
     s, j = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     if s < tl.load(num_segments):
-        slot, first, count = (
-            tl.load(segments + s * 3),
-            tl.load(segments + s * 3 + 1),
-            tl.load(segments + s * 3 + 2),
-        )
+        slot, first, count = segment(segments, s)
         entry = records + slot * RECORD + at
         size = integer(entry + NUM_HEAD_ROWS)
         if tl.program_id(1) * BN < size:
