@@ -15,11 +15,13 @@ SHRINK = {**SEGMENTS, **INSIDE, "x": "*bf16", "K": "i32", "SPLIT": "i32"}
 EXPAND = {**SEGMENTS, **INSIDE, "Y_STRIDE": "i32", "SIZE0": "i32", "SIZE1": "i32", "SIZE2": "i32"}
 WIDEN = {**SEGMENTS, **INSIDE, "f": "*fp32", "D": "i32", "SIZES": "i32"}
 LOGITS = {**SEGMENTS, "x": "*bf16", "y": "*fp32", "K": "i32", "Y_STRIDE": "i32"}
-SUBLAYER = {**ROWS, "r": "*fp32", "m": "*fp32", "weight": "*fp32", "bias": "*fp32", "eps": "fp32"}
+SUBLAYER = {**ROWS, "r": "*fp32", "m": "*fp32", "eps": "fp32"}
+NORMED = {**SUBLAYER, "weight": "*fp32", "bias": "*fp32"}
 EMBEDDING = {**ROWS, "token_ids": "*i32", "hidden": "*fp32", "multiplier": "fp32"}
 
 ALIGNED = frozenset(("K", "SPLIT", "RANKS", "SIZES", "D", "Y_STRIDE", "SIZE0", "SIZE1", "SIZE2"))
-NORMED = {"NORM": int(StreamNorm.LAYER), "HAS_BIAS": True, "BLOCK": 1024}
+LAYER_NORM = {"NORM": int(StreamNorm.LAYER), "HAS_BIAS": True, "BLOCK": 1024}
+NO_NORM = {"NORM": int(StreamNorm.NONE), "HAS_BIAS": False, "BLOCK": 1024, "weight": None, "bias": None}
 THREE = {"PARTS": 3, "SPLITS": 4, "BM": 16, "BR": 16}
 ONE = {"PARTS": 1, "SPLITS": 8, "BM": 16, "BR": 16}
 
@@ -42,8 +44,10 @@ def dots(sm: int) -> list[Entry]:
 def others(sm: int) -> list[Entry]:
     kernels = (
         (deltas.scale_inputs, {**SEGMENTS, "x": "*bf16", "K": "i32"}, {"BM": 16, "BK": 512}),
-        (bottleneck.read, {**SUBLAYER, "x": "*bf16"}, NORMED),
-        (bottleneck.leave, {**SUBLAYER, "f": "*fp32"}, NORMED),
+        (bottleneck.read, {**SUBLAYER, "x": "*bf16"}, NO_NORM),
+        (bottleneck.read, {**NORMED, "x": "*bf16"}, LAYER_NORM),
+        (bottleneck.leave, {**SUBLAYER, "f": "*fp32"}, NO_NORM),
+        (bottleneck.leave, {**NORMED, "f": "*fp32"}, LAYER_NORM),
         (bottleneck.skip_norm, {**SUBLAYER, "stream": "*fp32"}, {"BLOCK": 1024}),
         (ends.change_embedding, EMBEDDING, {"BLOCK": 512}),
     )

@@ -57,6 +57,7 @@ def change_output(
     """
     if place.name not in step.acting.sublayers:
         return
+    assert len(work.read) >= step.max_rows
     size, word = step.acting.bottleneck, place.word
     hidden_size, record = r.shape[1], step.records.stride(0)
     rows = step.rows, step.slots, step.num_rows, step.records, record, word, hidden_size

@@ -11,6 +11,7 @@ import triton.language as tl
 from manyhats.engine.backends.cuda.adapters.words import BottleneckWord, Source, StreamNorm
 from manyhats.engine.backends.cuda.triton.activate import activate
 from manyhats.engine.backends.cuda.triton.deltas import (
+    VARYING,
     integer,
     matrix,
     number,
@@ -102,7 +103,7 @@ def moments(
     return own_mean, 1.0 / tl.sqrt(tl.sum(squares) / D + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read(
     r, m, x, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -144,7 +145,7 @@ def read(
                 tl.store(x + place * D + c, v.to(tl.bfloat16), mask=c < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def widen(
     t, f, segments, num_segments, records, RECORD, at, D, T_ROWS, SIZES,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -181,7 +182,7 @@ def widen(
             tl.store(f + place[:, None] * D + c[None, :], total, mask=(i < count)[:, None] & (c < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def leave(
     r, m, f, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -235,7 +236,7 @@ def leave(
                 tl.store(m + c, v, mask=c < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def skip_norm(
     r, m, stream, rows, slots, num_rows, records, RECORD, at, D, BLOCK: tl.constexpr
 ):  # fmt: skip

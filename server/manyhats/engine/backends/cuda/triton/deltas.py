@@ -18,6 +18,9 @@ OFFSETS = tl.constexpr(int(LinearWord.OFFSETS))
 WORDS = tl.constexpr(len(LinearWord))
 PAD = tl.constexpr(ROW_VALUES)
 
+VARYING = ("at", "RECORD", "T_ROWS")
+"""Integers that change with the layer, or from step to step: no value of theirs is compiled for on its own."""
+
 
 @triton.jit
 def segment(segments, s):
@@ -68,7 +71,7 @@ def shrunk(t, place, part, r, is_row, T_ROWS, RANKS, PARTS: tl.constexpr, SPLITS
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def shrink(
     x, t, rows, segments, num_segments, records, RECORD, at, K, SPLIT, T_ROWS, RANKS,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, GATHERS: tl.constexpr,
@@ -110,7 +113,7 @@ def shrink(
             tl.store(t + to, total, mask=(i < count)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def expand(
     t, y, rows, segments, num_segments, records, RECORD, at, Y_STRIDE, SIZE0, SIZE1, SIZE2, T_ROWS, RANKS,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -157,7 +160,7 @@ def expand(
             tl.store(to, changed.to(y.dtype.element_ty), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def scale_inputs(
     x, rows, segments, num_segments, records, RECORD, at, K, BM: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from manyhats.engine.backends.cuda.adapters.words import EmbeddingWord, HeadWord
-from manyhats.engine.backends.cuda.triton.deltas import integer, matrix, number, padded, segment, vector
+from manyhats.engine.backends.cuda.triton.deltas import (
+    VARYING,
+    integer,
+    matrix,
+    number,
+    padded,
+    segment,
+    vector,
+)
 
 A = tl.constexpr(int(EmbeddingWord.A))
 B = tl.constexpr(int(EmbeddingWord.B))
@@ -40,7 +48,7 @@ def first_not_below(ids, size, wanted):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def change_embedding(
     token_ids, hidden, rows, slots, num_rows, records, RECORD, at, D, multiplier, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -74,7 +82,7 @@ def change_embedding(
                 tl.store(to, changed, mask=c < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def own_logits(
     x, y, rows, segments, num_segments, records, RECORD, at, K, Y_STRIDE,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
