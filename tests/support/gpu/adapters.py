@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import Delta, LoweredAdapter
+from manyhats.adapters import equations
+from manyhats.adapters.primitives import Affine, Bottleneck, Delta, LoweredAdapter, LowRank
+from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
@@ -22,6 +24,7 @@ from support.gpu.interpreter import DEVICE
 NAN = float("nan")
 LARGEST = LargestSizes(rank=48, bottleneck=48)
 ARENA_BYTES = 1 << 21
+NOTHING = TorchAdapter({}, 0)
 
 
 def odd_architecture(*, hidden_size: int = 40, width: int = 72) -> Architecture:
@@ -70,6 +73,40 @@ class Served:
         """Poisoned."""
         work = Workspace.of(num_rows, self.layout, LARGEST, torch.device(DEVICE))
         return Workspace(*(part.fill_(NAN) for part in (work.inside, work.read, work.found)))
+
+
+def outputs_of(
+    served: Served, layer: int, group: str, row_slots: Sequence[int], x: Tensor, y: Tensor
+) -> Tensor:
+    """A group's outputs y as each row's adapter changes them, one row and one linear at a time, in float64."""
+    found, start = y.double().clone(), 0
+    for member in served.layout.groups[group].members:
+        site, columns = Site(layer, member.name), slice(start, start + member.d_out)
+        start = columns.stop
+        for row, slot in enumerate(row_slots):
+            held = served.torch.get(slot, NOTHING)
+            for delta in held.at(site, Affine):
+                found[row, columns] = equations.affine(found[row, columns], delta)
+            for low_rank in held.at(site, LowRank):
+                a, b = low_rank.a.double(), low_rank.b.double()
+                found[row, columns] += equations.low_rank(x[row].double(), a, b, low_rank.scale)
+    return found
+
+
+def sublayer_of(
+    served: Served,
+    site: Site,
+    row_slots: Sequence[int],
+    r: Tensor,
+    m: Tensor,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A sub-layer's output m as each row's adapter changes it, one row at a time."""
+    found = m.clone()
+    for row, slot in enumerate(row_slots):
+        for delta in served.torch.get(slot, NOTHING).at(site, Bottleneck):
+            found[row] = equations.bottleneck(delta, r[row], m[row], norm)
+    return found
 
 
 def widened(step: StepAdapters, slack: int) -> StepAdapters:

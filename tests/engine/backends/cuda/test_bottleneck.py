@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from support.gpu.interpreter import DEVICE  # isort: skip
 
-from manyhats.adapters import equations
 from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LayerNorm
 from manyhats.adapters.sites import Site
@@ -19,7 +19,7 @@ from manyhats.engine.backends.cuda.adapters import bottlenecks
 from manyhats.engine.backends.cuda.adapters.bottlenecks import NO_NORM, PlacedNorm
 from manyhats.engine.backends.cuda.adapters.words import StreamNorm
 from manyhats.engine.model.architecture import Architecture, Around, Norm
-from support.gpu.adapters import Served, normal, odd_architecture, off
+from support.gpu.adapters import Served, normal, odd_architecture, off, sublayer_of
 from support.gpu.no_sync import no_sync
 
 HIDDEN = 40
@@ -89,14 +89,8 @@ def normed(norm: PlacedNorm, x: Tensor) -> Tensor:
 
 
 def expected(served: Served, row_slots: list[int], r: Tensor, m: Tensor, norm: PlacedNorm) -> Tensor:
-    """One row at a time."""
-    found = m.clone()
-    for row, slot in enumerate(row_slots):
-        held = served.torch.get(slot)
-        for delta in [] if held is None else held.at(SITE, Bottleneck):
-            own = None if norm.kind == StreamNorm.NONE else lambda x: normed(norm, x)
-            found[row] = equations.bottleneck(delta, r[row], m[row], own)
-    return found
+    own = None if norm.kind == StreamNorm.NONE else partial(normed, norm)
+    return sublayer_of(served, SITE, row_slots, r, m, own)
 
 
 def changed(

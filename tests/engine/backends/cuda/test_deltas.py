@@ -10,12 +10,11 @@ from torch import Tensor
 
 from support.gpu.interpreter import DEVICE  # isort: skip
 
-from manyhats.adapters import equations
 from manyhats.adapters.primitives import Affine, Delta, InputScale, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters import deltas
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, split_of
-from support.gpu.adapters import Served, normal, odd_architecture, off
+from support.gpu.adapters import Served, normal, odd_architecture, off, outputs_of
 from support.gpu.compiling import faults_of
 from support.gpu.no_sync import no_sync
 
@@ -49,19 +48,7 @@ def served() -> Served:
 
 
 def expected(served: Served, row_slots: list[int], x: Tensor, y: Tensor, group: str = "qkv") -> Tensor:
-    """One row and one linear at a time, in float64; of the equations as they stand."""
-    found, start = y.double().clone(), 0
-    for member in served.layout.groups[group].members:
-        columns = slice(start, start + member.d_out)
-        start = columns.stop
-        for row, slot in enumerate(row_slots):
-            held = served.torch.get(slot)
-            for delta in [] if held is None else held.at(Site(LAYER, member.name), Affine):
-                found[row, columns] = equations.affine(found[row, columns], delta)
-            for delta in [] if held is None else held.at(Site(LAYER, member.name), LowRank):
-                a, b = delta.a.double(), delta.b.double()
-                found[row, columns] += equations.low_rank(x[row].double(), a, b, delta.scale)
-    return found
+    return outputs_of(served, LAYER, group, row_slots, x, y)
 
 
 def changed(served: Served, step: StepAdapters, x: Tensor, y: Tensor, group: str = "qkv") -> Tensor:
