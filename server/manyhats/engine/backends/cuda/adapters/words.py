@@ -1,0 +1,114 @@
+"""A slot's record: 64-bit words that say where an adapter's numbers lie and what is done with them.
+
+One row of words for each slot lies on the device; a row of zeros is a slot where nothing acts. A word is an address, an
+integer, or a float32 in its lower half. What acts at one place has the words of one of these classes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class LinearWord(IntEnum):
+    """Of one linear: ``y = y · factors + offsets + scale · (x Aᵀ) B``; A [R, d_in] and B [R, d_out] bfloat16.
+
+    Factors and offsets [d_out] float32 or 0. Rows of matrices begin at multiples of ``ROW_VALUES``.
+    """
+
+    A = 0
+    B = 1
+    RANK = 2
+    SCALE = 3
+    FACTORS = 4
+    OFFSETS = 5
+
+
+class BottleneckWord(IntEnum):
+    """Of one sub-layer's bottleneck adapter; the first three are those of a linear, by which its input is shrunk.
+
+    DOWN [b, D] and UP [b, D] are bfloat16, vectors float32; the norms' weights are 0 for none.
+    """
+
+    DOWN = 0
+    UP = 1
+    SIZE = 2
+    DOWN_BIAS = 3
+    UP_BIAS = 4
+    SCALE = 5
+    BEFORE_WEIGHT = 6
+    BEFORE_BIAS = 7
+    BEFORE_EPS = 8
+    AFTER_WEIGHT = 9
+    AFTER_BIAS = 10
+    AFTER_EPS = 11
+    ACTIVATION = 12
+    INPUT = 13
+    NORM_RESIDUAL = 14
+    SKIPS_NORM = 15
+    KEEP = 16
+    CARRY = 17
+    CARRY_NORMED = 18
+
+
+class EmbeddingWord(IntEnum):
+    """Of the embedding: A [V, R] and B [R, E], and own rows [n, E] of sorted ids [n] int32."""
+
+    A = 0
+    B = 1
+    RANK = 2
+    SCALE = 3
+    NUM_TOKENS = 4
+    IDS = 5
+    ROWS = 6
+    NUM_ROWS = 7
+
+
+class HeadWord(IntEnum):
+    """Of rows of an output head: matrix [n, E] bfloat16, ids [n] int32 or 0 for 0 … n − 1, bias [n] float32 or 0."""
+
+    ROWS = 0
+    IDS = 1
+    BIAS = 2
+    NUM_ROWS = 3
+
+
+class Source(IntEnum):
+    """What a bottleneck reads, or adds before its norm: values of INPUT and NORM_RESIDUAL."""
+
+    NOTHING = 0
+    OUTPUT = 1
+    SUM = 2
+    RESIDUAL = 3
+    NORMED = 4
+
+
+class StreamNorm(IntEnum):
+    """The norm of the stream behind a sub-layer."""
+
+    NONE = 0
+    RMS = 1
+    LAYER = 2
+
+
+ROW_VALUES = 64
+"""Rows of matrices are padded with zeros to whole multiples, so that they can be read sixteen bytes at a time."""
+
+ACTIVATIONS = (
+    "linear",
+    "relu",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "leaky_relu",
+    "quick_gelu",
+    "mish",
+    "relu6",
+    "relu2",
+    "hardswish",
+    "laplace",
+    "gelu_10",
+    "sqrtsoftplus",
+)
+"""The activations that the kernels know; a record holds the index."""

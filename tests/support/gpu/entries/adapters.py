@@ -1,0 +1,57 @@
+"""What adapters do in an 8B model; kernels without tensor cores for the least card alone."""
+
+from __future__ import annotations
+
+from manyhats.engine.backends.cuda.adapters.words import StreamNorm
+from manyhats.engine.backends.cuda.triton import bottleneck, deltas, ends
+from support.gpu.compiling import Entry
+
+RECORDS = {"records": "*i64", "RECORD": "i32", "at": "i32"}
+SEGMENTS = {**RECORDS, "rows": "*i32", "segments": "*i32", "num_segments": "*i32"}
+ROWS = {**RECORDS, "rows": "*i32", "slots": "*i32", "num_rows": "*i32", "D": "i32"}
+INSIDE = {"t": "*fp32", "T_ROWS": "i32", "RANKS": "i32"}
+
+SHRINK = {**SEGMENTS, **INSIDE, "x": "*bf16", "K": "i32", "SPLIT": "i32"}
+EXPAND = {**SEGMENTS, **INSIDE, "Y_STRIDE": "i32", "SIZE0": "i32", "SIZE1": "i32", "SIZE2": "i32"}
+WIDEN = {**SEGMENTS, **INSIDE, "f": "*fp32", "D": "i32", "SIZES": "i32"}
+LOGITS = {**SEGMENTS, "x": "*bf16", "y": "*fp32", "K": "i32", "Y_STRIDE": "i32"}
+SUBLAYER = {**ROWS, "r": "*fp32", "m": "*fp32", "eps": "fp32"}
+NORMED = {**SUBLAYER, "weight": "*fp32", "bias": "*fp32"}
+EMBEDDING = {**ROWS, "token_ids": "*i32", "hidden": "*fp32", "multiplier": "fp32"}
+
+ALIGNED = frozenset(("K", "SPLIT", "RANKS", "SIZES", "D", "Y_STRIDE", "SIZE0", "SIZE1", "SIZE2"))
+LAYER_NORM = {"NORM": int(StreamNorm.LAYER), "HAS_BIAS": True, "BLOCK": 1024}
+NO_NORM = {"NORM": int(StreamNorm.NONE), "HAS_BIAS": False, "BLOCK": 1024, "weight": None, "bias": None}
+THREE = {"PARTS": 3, "SPLITS": 4, "BM": 16, "BR": 16}
+ONE = {"PARTS": 1, "SPLITS": 8, "BM": 16, "BR": 16}
+
+
+def dots(sm: int) -> list[Entry]:
+    kernels = [
+        (deltas.shrink, SHRINK, {**THREE, "GATHERS": True, "BK": 128}),
+        (deltas.expand, {**EXPAND, "y": "*bf16"}, {**THREE, "BN": 128}),
+        (bottleneck.widen, WIDEN, {"SPLITS": 4, "BM": 16, "BN": 128, "BR": 16}),
+        (ends.own_logits, LOGITS, {"BM": 16, "BN": 64, "BK": 128}),
+    ]
+    if sm in (80, 90):
+        kernels.append((deltas.expand, {**EXPAND, "y": "*fp32"}, {**ONE, "BN": 128}))
+    return [
+        Entry(kernel, sm, types, constants, mma="HMMA", aligned=ALIGNED)
+        for kernel, types, constants in kernels
+    ]
+
+
+def others(sm: int) -> list[Entry]:
+    kernels = (
+        (deltas.scale_inputs, {**SEGMENTS, "x": "*bf16", "K": "i32"}, {"BM": 16, "BK": 512}),
+        (bottleneck.read, {**SUBLAYER, "x": "*bf16"}, NO_NORM),
+        (bottleneck.read, {**NORMED, "x": "*bf16"}, LAYER_NORM),
+        (bottleneck.leave, {**SUBLAYER, "f": "*fp32"}, NO_NORM),
+        (bottleneck.leave, {**NORMED, "f": "*fp32"}, LAYER_NORM),
+        (bottleneck.skip_norm, {**SUBLAYER, "stream": "*fp32"}, {"BLOCK": 1024}),
+        (ends.change_embedding, EMBEDDING, {"BLOCK": 512}),
+    )
+    return [Entry(kernel, sm, types, constants, aligned=ALIGNED) for kernel, types, constants in kernels]
+
+
+ENTRIES = [*(entry for sm in (80, 86, 89, 90) for entry in dots(sm)), *others(80)]
