@@ -1,0 +1,53 @@
+"""The host's side of the two copies of a step: what is wanted on its way to the device, what was found on its way back."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+from manyhats.engine.backends.cuda.wanted import Bytes
+
+
+def grown(num_bytes: int) -> int:
+    """Room for at least this many bytes, so that memory grows rarely."""
+    return 1 << max(12, (num_bytes - 1).bit_length())
+
+
+class HostBytes:
+    """Memory of the host as a tensor and as an array; pinned, so that copies go on beside the host's work."""
+
+    def __init__(self, is_pinned: bool) -> None:
+        self._is_pinned = is_pinned
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.array: Bytes = np.empty(0, np.uint8)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Make room for this many; the content goes."""
+        if len(self.array) >= num_bytes:
+            return
+        size = grown(num_bytes)
+        self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
+        memory = (ctypes.c_uint8 * size).from_address(self.tensor.data_ptr())
+        self.array = np.frombuffer(memory, np.uint8)
+
+
+class Exchange:
+    """The memory of one step in flight, and the event at which what was found has come."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self.wants = HostBytes(is_cuda)
+        self.found = HostBytes(is_cuda)
+        self._event = torch.cuda.Event() if is_cuda else None
+
+    def record(self) -> None:
+        """Note that the copies are launched."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait for them."""
+        if self._event is not None:
+            self._event.synchronize()
