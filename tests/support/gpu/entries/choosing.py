@@ -28,9 +28,7 @@ TYPES = {
 
 
 def _entry(kernel: object, sm: int, **constants: int) -> Entry:
-    return Entry(
-        kernel, sm, TYPES, constants, num_warps=TILES.num_warps, enable_fp_fusion=False
-    )
+    return Entry(kernel, sm, TYPES, constants, num_warps=TILES.num_warps, enable_fp_fusion=False)
 
 
 PARTS = {"PARTS": 32, "PART": TILES.part}

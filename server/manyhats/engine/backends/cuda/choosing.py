@@ -74,8 +74,8 @@ class Choosing:
     ) -> None:
         if vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"a vocabulary of {vocab_size} tokens, more than {MAX_VOCAB_SIZE}")
-        self.max_rows = max_rows
-        self.max_choices = max_choices
+        self._max_rows = max_rows
+        self._max_choices = max_choices
         self._tiles = tiles or Tiles()
         self.num_parts = -(-vocab_size // self._tiles.part)
 
@@ -118,15 +118,31 @@ class Choosing:
             wants: bytes, see ``triton.wanted``; read.
             found: bytes, written.
             at_most: what ``wants`` may hold.
+
+        Raises:
+            ValueError: there is no room for so many rows or choices.
         """
         num_rows, size = logits.shape
+        if num_rows > self._max_rows or at_most.choices > self._max_choices:
+            raise ValueError(
+                f"{num_rows} rows and {at_most.choices} choices, of {self._max_rows} and {self._max_choices}"
+            )
         tiles, parts = self._tiles, self.num_parts
         options = {"num_warps": tiles.num_warps, "enable_fp_fusion": False}
         spread = {"PART": tiles.part, "PARTS": triton.next_power_of_2(parts)}
         stats = (self._largest, self._first, self._totals)
         lines = num_rows + at_most.choices
         survey[lines, parts](
-            logits, self._changed, wants, found, *stats, size, num_rows, PART=tiles.part, EDITS=tiles.edits, **options
+            logits,
+            self._changed,
+            wants,
+            found,
+            *stats,
+            size,
+            num_rows,
+            PART=tiles.part,
+            EDITS=tiles.edits,
+            **options,
         )
         rows = (logits, self._changed, wants)
         lists = (self._counts, self._masses, self._list_values, self._list_ids)
@@ -137,7 +153,15 @@ class Choosing:
             gather[grid](*rows, self._largest, *lists, *sizes, **spread, LISTED=tiles.listed, **options)
         if at_most.choices:
             choose[(at_most.choices,)](
-                *rows, found, *stats[:2], *lists, *sizes, **spread, TILE=tiles.tile, LISTED=tiles.listed, **options
+                *rows,
+                found,
+                *stats[:2],
+                *lists,
+                *sizes,
+                **spread,
+                TILE=tiles.tile,
+                LISTED=tiles.listed,
+                **options,
             )
         if at_most.pairs:
             logprobs[(at_most.pairs,)](logits, wants, found, *stats, size, parts, **spread, **options)

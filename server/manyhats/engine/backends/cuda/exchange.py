@@ -1,4 +1,4 @@
-"""The host's side of the two copies of a step: what is wanted on its way to the device, what was found on its way back."""
+"""The host's side of a step's two copies: of what is wanted, to the device, and of what was found, from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HostBytes:
         size = grown(num_bytes)
         self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
         memory = (ctypes.c_uint8 * size).from_address(self.tensor.data_ptr())
-        self.array = np.frombuffer(memory, np.uint8)
+        self.array = np.ctypeslib.as_array(memory)  # as numpy() would, which on the device would wait
 
 
 class Exchange:

@@ -1,4 +1,4 @@
-"""What is wanted from a step's logits, as bytes for one copy to the device, and where its kernels leave what they find."""
+"""What is wanted from a step's logits, as bytes for one copy, and where kernels leave what they find."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class Field:
         return buffer[self.place : self.end].view(self.dtype).reshape(self.shape)
 
 
-def fields_of(
-    arrays: Sequence[tuple[tuple[int, ...], npt.DTypeLike]], first: int = 0
-) -> tuple[Field, ...]:
+def fields_of(arrays: Sequence[tuple[tuple[int, ...], npt.DTypeLike]], first: int = 0) -> tuple[Field, ...]:
     """Fields of these shapes and types, one behind the other."""
     fields = []
     for shape, dtype in arrays:
@@ -109,7 +107,9 @@ class Found:
     hidden: Field
 
     @classmethod
-    def of(cls, wants: Wants, pairs: Pairs, bad: tuple[int, int], vocab_size: int, hidden: tuple[int, int]) -> Found:
+    def of(
+        cls, wants: Wants, pairs: Pairs, bad: tuple[int, int], vocab_size: int, hidden: tuple[int, int]
+    ) -> Found:
         """For a step; ``bad`` and ``hidden`` are shapes."""
         num_top = int(pairs.num_top.sum())
         return cls(
@@ -192,9 +192,9 @@ class Upload:
 
 def _ints(choices: Choices, vocab_size: int) -> Array:
     """[S, 8] int32, see ``triton.wanted.INTS``."""
-    filters = (
-        (choices.top_k > 0) | (choices.top_p < 1) | (choices.min_p > 0) | (choices.typical_p < 1)
-    ) & (choices.temperature > 0)
+    filters = ((choices.top_k > 0) | (choices.top_p < 1) | (choices.min_p > 0) | (choices.typical_p < 1)) & (
+        choices.temperature > 0
+    )
     has_edits = np.diff(choices.edit_start) > 0
     ints = np.zeros((choices.num_rows, 8), dtype=np.int32)
     ints[:, 0] = choices.rows

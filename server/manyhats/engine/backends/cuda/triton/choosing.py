@@ -39,7 +39,7 @@ EDGES = tl.constexpr(8)
 
 @triton.jit
 def edge(index):
-    """The distance of an edge from the best token's scaled logit, negative; the last is beyond all that has a weight."""
+    """The scaled value at an edge, where the best token's is 0; beyond the last nothing has a weight."""
     return (index + 1) * (index + 1) * -0.5
 
 
@@ -120,7 +120,7 @@ def scored(x, value, weight, mean, stage):
     return tl.where(weight > 0, score, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rows"])
 def weigh(
     logits,
     changed,
@@ -183,7 +183,7 @@ def list_of(
     """
     index, part = tl.arange(0, EDGES), tl.arange(0, PARTS)
     place = (choice * EDGES + index[:, None]) * num_parts + part[None, :]
-    is_part = (index[:, None] < EDGES) & (part[None, :] < num_parts)
+    is_part = part[None, :] < num_parts
     count = tl.sum(tl.load(counts + place, mask=is_part, other=0), 1)
     mass = tl.sum(tl.load(masses + place, mask=is_part, other=0), 1)
     total = tl.max(mass, 0)
@@ -196,7 +196,7 @@ def list_of(
     return least, tl.sum(tl.where(index == least, count, 0), 0), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rows"])
 def gather(
     logits,
     changed,
@@ -389,7 +389,7 @@ def part_of(masses, needed, num_parts, PARTS: tl.constexpr):
     return own, needed - tl.sum(tl.where(is_before, mass, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rows"])
 def choose(
     logits,
     changed,
@@ -444,9 +444,7 @@ def choose(
             num = count
         has_filter = (top_k > 0) | (top_p < 1.0) | (log_min_p > float("-inf")) | (typical_p < 1.0)
         if has_filter:
-            total = filtered(
-                values, num, total, top, temperature, top_k, top_p, log_min_p, typical_p, TILE
-            )
+            total = filtered(values, num, total, top, temperature, top_k, top_p, log_min_p, typical_p, TILE)
             needed = passed(point, total)
         else:
             own, needed = part_of(

@@ -37,8 +37,8 @@ def logprobs(
 ):
     """``value − log Σ exp``, and 1 + how many are larger, of each pair of row and token; the most likely of its row.
 
-    The best of all parts' best is the next; its part is then searched for the best behind it, in order of value and
-    id. NaNs and infinities count as 0.
+    Of parts none of whose values is larger none is looked at. The best of all parts' best is the next most likely; its
+    part is then searched for the best behind it, in order of value and id. NaNs and infinities count as 0.
 
     Args:
         logits: [rows, V] float32.
@@ -53,7 +53,12 @@ def logprobs(
     if pair >= word(wants, NUM_PAIRS):
         return
     own = int32s(wants, wants, PAIRS) + pair * 4
-    row, token, num_top, place = tl.load(own).to(tl.int64), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    row, token, num_top, place = (
+        tl.load(own).to(tl.int64),
+        tl.load(own + 1),
+        tl.load(own + 2),
+        tl.load(own + 3),
+    )
     if token < 0:
         token = tl.load(int32s(found, wants, TOKENS) - 1 - token)
     if token < 0:
@@ -69,10 +74,11 @@ def logprobs(
     log_total = best.to(tl.float64) + tl.log(tl.sum(sums * tl.exp(tops - best), 0)).to(tl.float64)
     value = finite(tl.load(source + token))
     num_over = tl.zeros((PART,), tl.int32)
-    for start in range(0, size, PART):
-        at = start + tl.arange(0, PART)
-        others = tl.load(source + at, mask=at < size, other=float("-inf"))
-        num_over += ((at < size) & (finite(others) > value)).to(tl.int32)
+    for other_part in range(num_parts):
+        if tl.load(largest + row * num_parts + other_part) > value:
+            at = other_part * PART + tl.arange(0, PART)
+            others = finite(tl.load(source + at, mask=at < size, other=0.0))
+            num_over += ((at < size) & (others > value)).to(tl.int32)
     tl.store(int32s(found, wants, RANKS) + pair, tl.sum(num_over, 0) + 1)
     tl.store(float64s(found, wants, LOGPROBS) + pair, value.to(tl.float64) - log_total)
     top_ids, top_logprobs = int32s(found, wants, TOP_IDS), float64s(found, wants, TOP_LOGPROBS)

@@ -62,7 +62,9 @@ def edit(row, target, wants, choice, part, PART: tl.constexpr, EDITS: tl.constex
         token = tl.load(ids + e, mask=e < last, other=-1)
         after = start + tl.arange(0, EDITS)
         again = tl.load(ids + after, mask=after < last, other=-1)
-        is_replaced = tl.sum(((token[:, None] == again[None, :]) & (after[None, :] > e[:, None])).to(tl.int32), 1)
+        is_replaced = tl.sum(
+            ((token[:, None] == again[None, :]) & (after[None, :] > e[:, None])).to(tl.int32), 1
+        )
         is_own = (e < last) & (token // PART == part) & (is_replaced == 0)
         value = finite(tl.load(row + token, mask=is_own, other=0.0))
         changed = edited(
@@ -77,7 +79,7 @@ def edit(row, target, wants, choice, part, PART: tl.constexpr, EDITS: tl.constex
         tl.debug_barrier()  # a later tile may have the same token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rows"])
 def survey(
     logits,
     changed,
@@ -144,7 +146,7 @@ def survey(
         tl.store(found + word(wants, BAD) + place, is_bad.to(tl.uint8))
     values = tl.where(inside, values, float("-inf"))
     top = tl.max(values, 0)
-    weights = tl.where(values > float("-inf"), tl.exp(values - top), 0.0)
     tl.store(largest + place, top)
     tl.store(first + place, tl.min(tl.where(values == top, at, BEYOND), 0))
-    tl.store(totals + place, tl.sum(weights, 0))
+    top = tl.where(top > float("-inf"), top, 0.0)  # where none may come all weigh 0
+    tl.store(totals + place, tl.sum(tl.exp(values - top), 0))
