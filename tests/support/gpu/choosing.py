@@ -22,9 +22,9 @@ NEAR = 1e-6
 
 
 def finisher(vocab_size: int, tiles: Tiles | None = None, rows: int = 9) -> Finisher:
-    """For steps of a vocabulary."""
+    """For steps of a vocabulary; its memory has to grow."""
     device = torch.device(DEVICE)
-    return Finisher(Choosing(device, rows, rows, vocab_size, tiles), device)
+    return Finisher(Choosing(device, rows, rows, vocab_size, tiles), device, room=64)
 
 
 def wants_of(

@@ -23,18 +23,20 @@ class Finisher:
     Args:
         choosing: the kernels.
         device: where they run.
+        room: bytes to begin with, for each of both and on either side.
     """
 
-    def __init__(self, choosing: Choosing, device: torch.device) -> None:
+    def __init__(self, choosing: Choosing, device: torch.device, room: int = 1 << 20) -> None:
         self.choosing = choosing
         self._device = device
+        self._room = room
         self._idle: list[Exchange] = []
-        self.wants = torch.empty(grown(0), dtype=torch.uint8, device=device)
-        self.found = torch.empty(grown(0), dtype=torch.uint8, device=device)
+        self.wants = torch.empty(room, dtype=torch.uint8, device=device)
+        self.found = torch.empty(room, dtype=torch.uint8, device=device)
 
     def upload(self, upload: Upload) -> Exchange:
         """Launch the copy of what is wanted, from memory that no other step in flight has."""
-        exchange = self._idle.pop() if self._idle else Exchange(self._device)
+        exchange = self._idle.pop() if self._idle else Exchange(self._device, self._room)
         num_bytes = upload.num_bytes
         exchange.wants.make_room(num_bytes)
         upload.write(exchange.wants.array)
@@ -82,7 +84,7 @@ class DeviceLogits:
     """``Logits`` [M, V] float32 on the device.
 
     Args:
-        values: the logits; [0, 0] for a model without a head.
+        values: the logits, contiguous; [0, 0] for a model without a head.
         finisher: of the model.
         wanted: hidden values to return, [H, E] float32; None for none.
     """
