@@ -79,5 +79,26 @@ def _repair() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+def _hasten() -> None:
+    """The language is made the interpreter's once a launch, not again at each call of a function within it."""
+    from triton.runtime import interpreter
+
+    patch, restore = interpreter._patch_builtin, interpreter._LangPatchScope.restore
+    patched: set[Any] = set()
+
+    def patch_once(package: Any, builder: Any, scope: Any) -> None:
+        if package not in patched:
+            patched.add(package)
+            patch(package, builder, scope)
+
+    def restore_all(scope: Any) -> None:
+        patched.clear()
+        restore(scope)
+
+    interpreter._patch_builtin = patch_once
+    interpreter._LangPatchScope.restore = restore_all
+
+
 if DEVICE == "cpu":
     _repair()
+    _hasten()
