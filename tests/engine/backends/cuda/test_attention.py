@@ -30,8 +30,8 @@ from support.gpu.compiling import faults_of
 
 BLOCK = 8
 NUM_BLOCKS = 64
-SPARE_ROOM = 3
-"""Items beyond their count, which nobody may read."""
+BEYOND = {8: (0, 0, 1, 0, 1, 0, 1, -1), 4: (0, 0, 0, 0)}
+"""Items, and merges, that would spoil the first row, and that nobody may read: they are beyond the count."""
 
 
 def attention_of(heads: int, kv_heads: int, size: int, **others: object) -> Attention:
@@ -108,10 +108,10 @@ def plan_of(texts: Texts, chunks: list[Chunk]) -> StepPlan:
 
 
 def on_device(work: Work) -> WorkOnDevice:
-    """With room behind it, full of what would be out of bounds."""
+    """With room behind it, which is not empty."""
 
     def roomy(values: np.ndarray) -> Tensor:
-        room = np.full((SPARE_ROOM, values.shape[1]), 1 << 20, np.int32)
+        room = int32([BEYOND[values.shape[1]]] * 3)
         return torch.from_numpy(np.concatenate((values, room))).to(DEVICE)
 
     counts = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.attention import Tiling, constants_of
+from manyhats.engine.backends.cuda.attention import OPTIONS, Tiling, constants_of
 from manyhats.engine.backends.cuda.triton.attention import attend, combine
 from manyhats.engine.model.architecture import Attention
 from support.gpu.compiling import Entry
@@ -30,8 +30,7 @@ def entry(attention: Attention, sm: int, *, has_gates: bool = False) -> Entry:
         constants,
         mma="HMMA",
         aligned=frozenset(("QUERY_STRIDE",)),
-        num_stages=3,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )
 
 
@@ -41,15 +40,12 @@ ENTRIES = [
     entry(PHI, 89),
     entry(FALCON, 80),
     entry(ENCODER, 90, has_gates=True),
-    *(
-        Entry(
-            combine,
-            sm,
-            {**dict.fromkeys(("part", "stats"), "*fp32"), "out": "*bf16", "merges": "*i32", "count": "*i32"},
-            {"HQ": 32, "D": 128, "BD": 128},
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        for sm in (86,)
+    Entry(
+        combine,
+        86,
+        {**dict.fromkeys(("part", "stats"), "*fp32"), "out": "*bf16", "merges": "*i32", "count": "*i32"},
+        {"HQ": 32, "D": 128, "BD": 128},
+        num_warps=1,
+        enable_fp_fusion=False,
     ),
 ]

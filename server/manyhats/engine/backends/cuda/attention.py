@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SPLIT = 256
 """Positions in a split, which are counted from 0."""
+OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+"""How ``attend`` is compiled: a block's number is loaded two tiles ahead, keys and values one."""
 _EVEN = 4
 """A tile is split if it is more than one part in so many of what each program has to do."""
 Flags = npt.NDArray[np.bool_]
@@ -98,25 +100,36 @@ def work_of(plan: StepPlan, attention: Attention, tiling: Tiling, num_lanes: int
     tiles = _tiles_of(plan, attention, tiling)
     is_split = _are_split(tiles, num_lanes, max_slots)
     whole, split = tiles[~is_split], tiles[is_split]
-    counts, rows = split[:, _END] - split[:, _FIRST], split[:, _ROWS]
-    sizes = counts * rows
+    sizes = _num_splits(split) * split[:, _ROWS]
     split[:, _SLOT] = np.cumsum(sizes) - sizes
-    parts = np.repeat(split, counts, axis=0)
+    longest_first = np.argsort(-_num_splits(whole), kind="stable")
+    items = np.concatenate((whole[longest_first], _apart(split)))
+    return Work(items, _merges_of(split), int(sizes.sum(initial=0)))
+
+
+def _num_splits(tiles: Ints) -> Ints:
+    """[T] int32."""
+    counts: Ints = tiles[:, _END] - tiles[:, _FIRST]
+    return counts
+
+
+def _apart(tiles: Ints) -> Ints:
+    """Each split of tiles as an item of its own, with slots for all rows of the tile."""
+    counts = _num_splits(tiles)
+    items = np.repeat(tiles, counts, axis=0)
     index = _ramp(counts)
-    parts[:, _FIRST] += index
-    parts[:, _END] = parts[:, _FIRST] + 1
-    parts[:, _SLOT] += index * parts[:, _ROWS]
-    whole = whole[np.argsort(whole[:, _FIRST] - whole[:, _END], kind="stable")]
-    row = _ramp(rows)
-    merges = (
-        np.repeat(split[:, _ROW], rows) + row,
-        np.repeat(split[:, _SLOT], rows) + row,
-        np.repeat(rows, rows),
-        np.repeat(counts, rows),
-    )
-    return Work(
-        np.concatenate((whole, parts)), np.stack(merges, axis=1).astype(np.int32), int(sizes.sum(initial=0))
-    )
+    items[:, _FIRST] += index
+    items[:, _END] = items[:, _FIRST] + 1
+    items[:, _SLOT] += index * items[:, _ROWS]
+    return items
+
+
+def _merges_of(tiles: Ints) -> Ints:
+    """Row, first slot, slots from split to split, and number of splits, of each row of tiles whose splits are apart."""
+    rows = tiles[:, _ROWS]
+    of_rows, index = np.repeat(tiles, rows, axis=0), _ramp(rows)
+    columns = of_rows[:, _ROW] + index, of_rows[:, _SLOT] + index, of_rows[:, _ROWS], _num_splits(of_rows)
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 def _tiles_of(plan: StepPlan, attention: Attention, tiling: Tiling) -> Ints:
@@ -153,7 +166,7 @@ def _are_split(tiles: Ints, num_lanes: int, max_slots: int) -> Flags:
 
     If there is not room for the parts of all of these, then the longest.
     """
-    counts = (tiles[:, _END] - tiles[:, _FIRST]).astype(np.int64)
+    counts = _num_splits(tiles).astype(np.int64)
     is_long: Flags = (counts > 1) & (counts * _EVEN * num_lanes > counts.sum())
     order = np.argsort(-counts, kind="stable")
     slots = np.cumsum(np.where(is_long, counts * tiles[:, _ROWS], 0)[order])
@@ -255,9 +268,7 @@ def attend(
         queries.stride(0),
         tables.stride(0),
         **constants_of(attention, tiling, keys.shape[1], has_gates=gates is not None),
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )
     kernels.combine[(num_lanes, attention.num_heads)](
         parts.totals,

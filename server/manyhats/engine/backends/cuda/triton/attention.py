@@ -21,7 +21,7 @@ def _added(total, weight, largest, other_total, other_weight, other_largest):
     return total, weight * own + other_weight * other, larger
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TABLE_STRIDE"])
 def attend(
     queries, keys, values, tables, items, count, part, stats, out, gates, query_start,
     SCALE, CAP, QUERY_STRIDE, TABLE_STRIDE,
