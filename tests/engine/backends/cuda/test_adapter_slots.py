@@ -194,6 +194,16 @@ def test_an_adapter_that_does_not_fit_leaves_everything_as_it_was() -> None:
     slots.place(1, small)
 
 
+def test_a_copy_that_fails_gives_its_memory_back() -> None:
+    slots = new_slots()
+    free = slots.num_free_bytes
+    packed = slots.pack(LoweredAdapter("x", (lora(),)))
+    with pytest.raises(RuntimeError):
+        slots.place(1, replace(packed, record=packed.record[:-1]))
+    assert slots.num_free_bytes == free
+    slots.place(1, packed)
+
+
 def test_an_adapter_serves_from_wherever_it_was_placed_last() -> None:
     """Cleared and placed again behind another, in memory that others have used."""
     served = Served([[lora()], [lora("k_proj", 9, 24)], [lora("v_proj", 7, 24)]])

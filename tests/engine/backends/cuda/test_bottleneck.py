@@ -17,7 +17,7 @@ from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, La
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters import bottlenecks
 from manyhats.engine.backends.cuda.adapters.bottlenecks import NO_NORM, PlacedNorm
-from manyhats.engine.backends.cuda.adapters.words import StreamNorm
+from manyhats.engine.backends.cuda.record import StreamNorm
 from manyhats.engine.model.architecture import Architecture, Around, Norm
 from support.gpu.adapters import Served, normal, odd_architecture, off, sublayer_of
 from support.gpu.no_sync import no_sync

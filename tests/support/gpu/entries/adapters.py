@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.adapters.words import StreamNorm
+from manyhats.engine.backends.cuda.record import StreamNorm
 from manyhats.engine.backends.cuda.triton import bottleneck, deltas, ends
 from support.gpu.compiling import Entry
 

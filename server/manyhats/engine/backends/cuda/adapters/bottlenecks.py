@@ -16,7 +16,7 @@ from manyhats.engine.backends.cuda.adapters.step import (
     rank_tiles,
     split_of,
 )
-from manyhats.engine.backends.cuda.adapters.words import StreamNorm
+from manyhats.engine.backends.cuda.record import StreamNorm
 from manyhats.engine.backends.cuda.triton import bottleneck
 
 _ROW_TILE = 1024

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from manyhats.adapters.sites import HEAD, ROUTER, Site
-from manyhats.engine.backends.cuda.adapters.words import BottleneckWord, EmbeddingWord, HeadWord, LinearWord
+from manyhats.engine.backends.cuda.record import BottleneckWord, EmbeddingWord, HeadWord, LinearWord
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture, Group
 
 MAX_MEMBERS = 3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import LayerNorm
 from manyhats.engine.backends.cuda.adapters.acting import Acting
-from manyhats.engine.backends.cuda.adapters.words import ROW_VALUES
+from manyhats.engine.backends.cuda.record import ROW_VALUES
 
 _ALIGNMENT = 128
 """Bytes: every tensor begins at a multiple, zeros before it, so that a vector can be read to the end of a tile."""

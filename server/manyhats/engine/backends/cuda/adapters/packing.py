@@ -26,7 +26,7 @@ from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.layout import GroupPlace, LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.packed import PackedAdapter, RecordWriter
-from manyhats.engine.backends.cuda.adapters.words import (
+from manyhats.engine.backends.cuda.record import (
     ACTIVATIONS,
     BottleneckWord,
     EmbeddingWord,

@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-from manyhats.engine.backends.cuda.adapters.words import ACTIVATIONS
+from manyhats.engine.backends.cuda.record import ACTIVATIONS
 
 RELU = tl.constexpr(ACTIVATIONS.index("relu"))
 GELU = tl.constexpr(ACTIVATIONS.index("gelu"))

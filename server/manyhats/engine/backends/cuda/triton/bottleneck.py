@@ -8,7 +8,7 @@ sums are the same in any step.
 import triton
 import triton.language as tl
 
-from manyhats.engine.backends.cuda.adapters.words import BottleneckWord, Source, StreamNorm
+from manyhats.engine.backends.cuda.record import BottleneckWord, Source, StreamNorm
 from manyhats.engine.backends.cuda.triton.activate import activate
 from manyhats.engine.backends.cuda.triton.deltas import (
     VARYING,

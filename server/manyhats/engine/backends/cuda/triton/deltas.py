@@ -7,7 +7,7 @@ Launched with a fixed grid: how many segments there are is read on the device, a
 import triton
 import triton.language as tl
 
-from manyhats.engine.backends.cuda.adapters.words import ROW_VALUES, LinearWord
+from manyhats.engine.backends.cuda.record import ROW_VALUES, LinearWord
 
 A = tl.constexpr(int(LinearWord.A))
 B = tl.constexpr(int(LinearWord.B))

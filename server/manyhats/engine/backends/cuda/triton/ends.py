@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from manyhats.engine.backends.cuda.adapters.words import EmbeddingWord, HeadWord
+from manyhats.engine.backends.cuda.record import EmbeddingWord, HeadWord
 from manyhats.engine.backends.cuda.triton.deltas import (
     VARYING,
     integer,
