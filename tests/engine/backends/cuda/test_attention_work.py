@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
@@ -58,6 +58,7 @@ A_STEP = (
 
 
 @given(*A_STEP)
+@example([(40, 20)], attention_of(1, 5, True), 1, 0)
 def test_each_row_goes_once_and_in_order_through_the_splits_that_it_sees(
     sequences: Rows, attention: Attention, num_lanes: int, max_slots: int
 ) -> None:
