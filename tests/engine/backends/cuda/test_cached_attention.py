@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.attention import Parts, Tiling, WorkOnDevice, attend, work_of
+from manyhats.engine.backends.cuda.attention import Parts, WorkOnDevice, attend
+from manyhats.engine.backends.cuda.attention_work import Tiling, work_of
 from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.rotary import rotate_and_store
 from manyhats.engine.backends.plan import StepPlan, int32
