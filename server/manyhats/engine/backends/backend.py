@@ -4,7 +4,8 @@ Above them there are no device tensors, kernels or thread counts; below them no 
 
 Every backend must keep one invariant: a row's result depends only on that row and its own keys and values, never on how
 many rows the step has, how a prompt was split into chunks, or whether it is decode or prefill. Without it, preemption,
-chunking and prefix hits would change tokens. A gate, which the rows of an encoder's text share, depends on these alone.
+chunking and prefix hits would change tokens; plain torch on a GPU keeps it up to rounding only. A gate, which the rows
+of an encoder's text share, depends on these alone.
 """
 
 from __future__ import annotations
