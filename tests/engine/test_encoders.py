@@ -173,7 +173,9 @@ def test_prompts_as_wide_as_the_layers_are_refused_where_embeddings_are_narrower
     assert_values_are(answers, narrow)
 
 
-@pytest.mark.parametrize("backend", [None, TorchBackend()], ids=["cpu", "torch"])
+@pytest.mark.parametrize(
+    "backend", [None, TorchBackend(), batched_backend()], ids=["cpu", "torch", "batched"]
+)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_weights_that_layers_share_are_kept_once(tmp_path: Path, quantization: str, backend: Any) -> None:
     sizes = []

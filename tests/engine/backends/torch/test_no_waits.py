@@ -15,11 +15,13 @@ from manyhats.engine.backends.torch.batched.logits import DeviceLogits
 from manyhats.engine.backends.torch.batched.model import BatchedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.request import EncodeRequest, Request, ResponseOptions, SamplingParams
+from support.factories.adapterhub import make_adapterhub
 from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.gpu.no_sync import no_sync
 from support.harnesses.backends import batched_backend
+from support.harnesses.encoding import read_all
 from support.harnesses.engine import (
     collect,
     load_tiny,
@@ -31,6 +33,7 @@ from support.harnesses.engine import (
 )
 from support.harnesses.engine_loop import score_request
 
+GATED = ("gated_seq_bn", "gated_lora", "gated_ia3", "gated_prefix", "gated_prefix_flat", "unipelt")
 SAMPLINGS = (
     SamplingParams(),
     SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, typical_p=0.95, seed=1),
@@ -96,6 +99,16 @@ async def test_no_method_waits(tmp_path: Path, guarded: list[str]) -> None:
         options = {"kv_cache_bytes": 16 << 20, "max_num_sequences": 32, "max_num_batched_tokens": 64}
         async with running_engine(model, store.lower, backend=batched_backend(), **options) as engine:
             await answer_all(engine, [store.resolve(task) for task in (*PLAIN, *COMPOSED)])
+    assert {"forward", "finish"} <= set(guarded)
+
+
+def test_no_method_of_encoders_waits(tmp_path: Path, guarded: list[str]) -> None:
+    model = load_tiny(make_encoder(tmp_path / "model", seed=3))
+    names = (*GATED, "noreft", "seq_bn_inv", "prompt")
+    for seed, name in enumerate(names):
+        make_adapterhub(tmp_path / name, model.description, name, seed=seed, scale=0.3)
+    found = asyncio.run(read_all(model, tmp_path, names, "torch-batched"))
+    assert set(found) == {"", *names}
     assert {"forward", "finish"} <= set(guarded)
 
 

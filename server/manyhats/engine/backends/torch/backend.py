@@ -87,7 +87,7 @@ class TorchBackend:
         return TorchKVCache(architecture, num_blocks, block_size, cache_dtype(dtype), self._device)
 
     def _left(self, architecture: Architecture, block_size: int, dtype: str) -> int:
-        """Bytes left of the GPU's memory beside the model, its largest step and adapters."""
+        """Bytes left of the GPU's memory beside the model, its largest step with its own cache, and adapters."""
         if self._device.type == "cpu" or self._limits is None or self._model is None:
             raise ModelError("the KV cache needs a size: what is left is known of a GPU with a model alone")
         size = block_bytes(architecture, block_size, dtype)

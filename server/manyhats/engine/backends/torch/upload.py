@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 
-def uploaded(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def uploaded(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device; from pinned memory its copy is queued behind what runs there."""
     if device.type == "cuda":
         values = values.pin_memory()
-    return values.to(device, dtype, non_blocking=True)
+    return values.to(device, non_blocking=True)
 
 
 def uploaded_ints(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:

@@ -65,6 +65,8 @@ class Fused:
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""
         weight = self.weight
+        if not len(x):  # no kernel can be launched for nothing
+            return x.new_empty(0, weight.shape[0])
         nested = (weight.absmax, weight.nested_code, self.offset) if weight.is_nested else (None, None, None)
         scales = weight.nested_absmax if weight.is_nested else weight.absmax
         y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
@@ -113,7 +115,7 @@ class Widened:
 
 def _mixed_product(x: Tensor, weight: Tensor) -> Tensor:
     """Of bfloat16, in float32; torch has one for CUDA alone."""
-    if x.is_cuda:
+    if x.is_cuda and len(x):
         return torch.mm(x, weight, out_dtype=torch.float32)
     return x.float() @ weight.float()
 
