@@ -76,7 +76,7 @@ KNOWN_TO_SERVED = {"served.py"}, {"config", "engine", "opening"}
 KNOWN_TO_MODELS = {"errors", "home", "output", "progress", "request", "model"}
 
 BACKENDS = ("cpu", "torch")
-SEAM = {"backend", "open", "plan", "report", "wants"}
+SEAM = {"backend", "limits", "open", "plan", "report", "wants"}
 # What computes on a device or places replicas, and the only places that import it.
 ONLY_IN = {
     "numba": ["server/manyhats/engine/backends/cpu"],

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from manyhats.engine.config import DEFAULT_KV_CACHE_BYTES
 from manyhats.server.lifetime.config import SETTINGS, ServeConfig
 from manyhats.server.lifetime.config_file import make_config
 from manyhats.server.observability.metrics import Metrics
@@ -104,7 +105,8 @@ def test_a_pod_has_time_to_drain() -> None:
 def test_a_pod_has_memory_for_what_the_settings_allow() -> None:
     config = config_of(**literals("base"))
     limit = parse_size(CONTAINER["resources"]["limits"]["memory"] + "B")
-    assert limit >= config.engine.kv_cache_bytes + config.engine.max_adapter_bytes + 2 * GIB
+    cache = config.engine.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES
+    assert limit >= cache + config.engine.max_adapter_bytes + 2 * GIB
     assert CONTAINER["resources"]["requests"] == CONTAINER["resources"]["limits"]
 
 

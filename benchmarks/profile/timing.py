@@ -125,7 +125,7 @@ class TimedBackend(CpuBackend):
         return TimedModel(model, self._kernels, self)
 
     def new_cache(
-        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int
+        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int | None
     ) -> CpuKVCache:
         """A cache whose every cell is written, since untouched memory is read from one page of zeros."""
         cache = super().new_cache(architecture, block_size, dtype, num_bytes)

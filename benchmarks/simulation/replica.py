@@ -15,7 +15,7 @@ from benchmarks.simulation.machine import Machine
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reserved_labels import EQUAL, Entitlement
-from manyhats.engine.config import EngineConfig
+from manyhats.engine.config import DEFAULT_KV_CACHE_BYTES, EngineConfig
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.residency import AdapterResidency
@@ -142,7 +142,8 @@ class Replica:
         self._machine = machine
         self._entitlements = entitlements or {}
         self._watch = watch or Watch()
-        num_blocks = config.kv_cache_bytes // (config.block_size * machine.kv_token_bytes)
+        cache_bytes = config.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES
+        num_blocks = cache_bytes // (config.block_size * machine.kv_token_bytes)
         self.scheduler = Scheduler(
             config.scheduler, BlockAllocator(num_blocks, config.block_size), clock=events.clock
         )

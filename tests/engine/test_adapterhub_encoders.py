@@ -35,7 +35,7 @@ from support.oracles.adapterhub import gate_of
 
 TOLERANCE = 1e-4
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "albert grouped")
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "torch", "torch-batched")
 # Paths of transformers' layers by number, or of the sets of weights that these share; of others than BERT's kin.
 LAYERS = {
     "albert": "encoder.albert_layer_groups.{}.albert_layers.0",
@@ -183,12 +183,13 @@ def test_gates_of_prefixes_scale_what_the_cache_rounded(tmp_path: Path, kv_dtype
     names = ("gated_prefix", "gated_prefix_flat")
     for preset in names:
         make_adapterhub(tmp_path / preset, loaded.description, preset, scale=0.4, prefix_length=21)
-    fast, plain = (
+    fast, plain, batched = (
         asyncio.run(read_all(loaded, tmp_path, names, backend, kv_cache_dtype=kv_dtype))
         for backend in BACKENDS
     )
     for name, wanted in plain.items():
         assert_close(fast[name], wanted, name, 0.02)
+        assert_close(batched[name], wanted, name, 0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

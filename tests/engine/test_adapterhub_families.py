@@ -148,8 +148,9 @@ def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: 
             expected[name] = hidden_values(reference)
     found = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "cpu"))
     plain = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "torch"))
+    batched = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "torch-batched"))
     for name, wanted in expected.items():
-        for values in (found[name], plain[name]):
+        for values in (found[name], plain[name], batched[name]):
             assert_close(values, wanted, name, TOLERANCE)
     for name in VARIANTS:
         assert max(np.abs(a - b).max() for a, b in zip(expected[name], expected[""], strict=True)) > 0.05
@@ -227,7 +228,7 @@ def test_prefixes_are_seen_in_every_layer_and_move_no_position(tmp_path: Path, f
         with prefixed(model, *table_of(base, config["config"], tensors)):
             expected[name.replace("_", "-")] = hidden_values(model)
     names = [name for name in expected if name]
-    for backend in ("cpu", "torch"):
+    for backend in ("cpu", "torch", "torch-batched"):
         found = asyncio.run(read_all(loaded, tmp_path, names, backend))
         for name, wanted in expected.items():
             assert_close(found[name], wanted, name, TOLERANCE)

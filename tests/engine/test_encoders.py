@@ -20,7 +20,7 @@ from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import EncodeRequest
 from support.factories.tiny_encoders import AUTO, ENCODERS, LINEARS, POOLERS, PROJECTIONS, make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE
-from support.harnesses.backends import default_backend
+from support.harnesses.backends import assert_alike, batched_backend, default_backend
 from support.harnesses.engine import load_tiny, random_ids, running_engine
 from support.harnesses.reading import (
     CONFIGS,
@@ -173,7 +173,9 @@ def test_prompts_as_wide_as_the_layers_are_refused_where_embeddings_are_narrower
     assert_values_are(answers, narrow)
 
 
-@pytest.mark.parametrize("backend", [None, TorchBackend()], ids=["cpu", "torch"])
+@pytest.mark.parametrize(
+    "backend", [None, TorchBackend(), batched_backend()], ids=["cpu", "torch", "batched"]
+)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_weights_that_layers_share_are_kept_once(tmp_path: Path, quantization: str, backend: Any) -> None:
     sizes = []
@@ -205,7 +207,7 @@ def test_a_prefix_is_refused_where_peft_has_none(tmp_path: Path, family: str) ->
 
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_hidden_values_are_transformers_s_on_both_backends(
+def test_hidden_values_are_transformers_s_on_all_backends(
     tmp_path: Path, family: str, quantization: str
 ) -> None:
     checkpoint = make_encoder(tmp_path / "model", family, seed=3, auto="AutoModelForMaskedLM")
@@ -220,9 +222,10 @@ def test_hidden_values_are_transformers_s_on_both_backends(
             asked = EncodeRequest(id="a", inputs=TEXTS[:4], pooling=Pooling.ALL)
             return list((await engine.encode(asked)).values)
 
-    ours, slow = asyncio.run(encode(None)), asyncio.run(encode(TorchBackend()))
-    for ids, fast, plain in zip(TEXTS, ours, slow, strict=False):
+    ours, slow, batched = (asyncio.run(encode(each)) for each in (None, TorchBackend(), batched_backend()))
+    for ids, fast, plain, at_once in zip(TEXTS, ours, slow, batched, strict=False):
         np.testing.assert_allclose(fast, plain, atol=TOLERANCE, rtol=TOLERANCE)
+        np.testing.assert_allclose(at_once, plain, atol=TOLERANCE, rtol=TOLERANCE)
         if quantization == "none":
             with torch.no_grad():
                 rows = reference(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
@@ -242,7 +245,7 @@ def test_long_texts_are_transformers_s_where_most_layers_see_a_window(tmp_path: 
             asked = [EncodeRequest(id="a", inputs=(text,), pooling=Pooling.ALL) for text in texts]
             together = [output.values[0] for output in await asyncio.gather(*map(engine.encode, asked))]
             for each, values in zip(asked, together, strict=True):
-                assert np.array_equal((await engine.encode(each)).values[0], values)
+                assert_alike((await engine.encode(each)).values[0], values)
             return together
 
     for ids, ours in zip(texts, asyncio.run(encode()), strict=True):

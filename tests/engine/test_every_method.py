@@ -95,6 +95,7 @@ def test_the_tasks_are_of_every_method_there_is(store: AdapterStore) -> None:
     assert {store.resolve(task).method for task in TASKS} == set(AdapterMethod) - of_encoders
 
 
+@pytest.mark.bits
 async def test_rows_over_all_methods_in_one_batch_are_each_as_alone(
     model: LoadedModel, store: AdapterStore
 ) -> None:
@@ -112,6 +113,7 @@ async def test_rows_over_all_methods_in_one_batch_are_each_as_alone(
         assert mixed.tokens == single.tokens, row[0]
 
 
+@pytest.mark.bits
 async def test_guesses_change_no_bit_of_any_method(model: LoadedModel, store: AdapterStore) -> None:
     rows = rows_of(range(NUM_ROWS), seed=2, new_tokens=(20, 30))
     async with engine_of(model, store, max_num_batched_tokens=400) as engine:
@@ -179,6 +181,7 @@ def mixtures(draw: st.DrawFn) -> tuple[list[Row], dict[str, int]]:
     return rows_of(order, seed=draw(st.integers(0, 3))), config
 
 
+@pytest.mark.bits
 def test_order_block_size_and_chunks_do_not_count(model: LoadedModel, store: AdapterStore) -> None:
     alone: dict[Row, Answer] = {}
 
@@ -200,6 +203,7 @@ def test_order_block_size_and_chunks_do_not_count(model: LoadedModel, store: Ada
     check()
 
 
+@pytest.mark.bits
 def test_ranks_and_numbers_of_virtual_tokens_do_not_count(
     model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

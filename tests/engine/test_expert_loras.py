@@ -25,6 +25,7 @@ from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import batched_backend
 from support.harnesses.engine import Prompt, Runner, load_tiny, random_ids
 from support.oracles.peft import make_peft, peft_logits, read_lowered, save_peft
 from support.oracles.transformers import full_logits, load_transformers
@@ -83,7 +84,7 @@ def run(model: LoadedModel, adapter: LoweredAdapter, backend: Any, slots: tuple[
 def check(model: LoadedModel, directory: Path, expected: Tensor, base: Tensor) -> LoweredAdapter:
     """Rows with the adapter and without in one batch, on both backends, and alone."""
     adapter = read_lowered(directory, model.description)
-    for backend in (CpuBackend(2), TorchBackend()):
+    for backend in (CpuBackend(2), TorchBackend(), batched_backend()):
         found = run(model, adapter, backend, (0, 3))
         for (without, own), length in zip((found[:2], found[2:]), (41, 13), strict=True):
             torch.testing.assert_close(without, base[:length], atol=TOLERANCE, rtol=TOLERANCE)

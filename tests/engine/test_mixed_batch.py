@@ -65,6 +65,7 @@ def prompts_of(population: str) -> list[Prompt]:
     ]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("population", POPULATIONS)
 def test_each_sequence_has_the_bits_it_has_alone_while_others_join_and_leave(
     runner: Runner, population: str
@@ -122,6 +123,7 @@ async def joined_one_by_one(engine: Engine, requests: list[Request]) -> list[Ans
     return await asyncio.gather(*tasks)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("population", POPULATIONS)
 async def test_through_the_engine_each_request_gets_what_it_gets_alone(
     model: LoadedModel, population: str

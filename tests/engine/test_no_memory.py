@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 
 from manyhats.adapters.primitives import KVPrefix
@@ -38,12 +39,19 @@ TORCH = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
     "allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)"
 )
-KINDS = [MemoryError(), TORCH, OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread")]
+CUDA = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 79 GiB"
+)
+KINDS = [
+    MemoryError(),
+    TORCH,
+    CUDA,
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("can't start new thread"),
+]
 
 
 def real_torch_error() -> BaseException:
-    import torch
-
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     return caught.value

@@ -146,6 +146,7 @@ async def test_log_probabilities_are_peft_s(home: Home, store: AdapterStore) -> 
             torch.testing.assert_close(best, wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_rows_of_all_vocabularies_in_one_batch_are_each_as_alone(
     home: Home, store: AdapterStore, dtype: str

@@ -111,15 +111,15 @@ def embedding(delta: EmbeddingLowRank | EmbeddingRows, token_ids: Tensor, embedd
         a = delta.a.index_select(0, token_ids).float()
         return embedded + (a @ delta.b.float().T) * delta.scale
     row = _row_numbers(delta.ids.to(token_ids.device), token_ids)
-    own = delta.rows.float().index_select(0, row.clamp(min=0))
+    own = delta.rows.index_select(0, row.clamp(min=0)).float()
     return torch.where((row >= 0).unsqueeze(1), own, embedded)
 
 
 def _row_numbers(ids: Tensor, token_ids: Tensor) -> Tensor:
-    """The index of each token in ``ids``, −1 if absent: [N] int64."""
-    numbers = token_ids.new_full((int(torch.cat((ids, token_ids)).max()) + 1,), -1)
-    numbers[ids] = torch.arange(ids.numel(), device=ids.device)
-    return numbers[token_ids]
+    """The index of each token in ``ids``, −1 if absent: [N] int64; nothing is read to the host."""
+    ordered, order = ids.sort()
+    place = torch.searchsorted(ordered, token_ids).clamp(max=ids.numel() - 1)
+    return torch.where(ordered.index_select(0, place) == token_ids, order.index_select(0, place), -1)
 
 
 def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from manyhats.engine.backends.limits import Limits
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.settings.declaration import setting
@@ -22,6 +23,8 @@ _LIMITS = "Limits"
 _WORDING = Wording(error=lambda name, problem: FieldInvalidError(f"engine.{name}", problem), shows_value=True)
 
 
+DEFAULT_KV_CACHE_BYTES = 1024 * MIB
+"""On a CPU."""
 _ENCODER_STEP = 4
 """Times the tokens of a step: enough that what it costs besides them is little, few enough for the caches."""
 
@@ -56,8 +59,20 @@ class EngineConfig:
         group=_LIMITS,
         help="Tokens of one step, of an encoder four times as many.",
     )
-    kv_cache_bytes: int = setting(
-        1024 * MIB, unit="bytes", at_least=1, group=_LIMITS, help="Memory for the KV cache."
+    kv_cache_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        at_least=1,
+        group=_LIMITS,
+        shown="1GiB; on a GPU, what is left",
+        help="Memory for the KV cache.",
+    )
+    gpu_memory_fraction: float = setting(
+        0.9,
+        above=0,
+        at_most=1,
+        group=_LIMITS,
+        help="How much of a GPU's memory may be taken, where --kv-cache-bytes does not say.",
     )
     kv_cache_dtype: CacheDtype = setting(
         "auto",
@@ -145,14 +160,27 @@ def scheduler_config(config: EngineConfig, architecture: Architecture) -> Schedu
     return replace(limits, max_num_batched_tokens=_ENCODER_STEP * limits.max_num_batched_tokens)
 
 
+def limits_of(config: EngineConfig, architecture: Architecture) -> Limits:
+    """What a backend may be asked for."""
+    return Limits(
+        max_rows=scheduler_config(config, architecture).max_num_batched_tokens,
+        max_sequences=config.max_num_sequences,
+        adapter_bytes=config.max_adapter_bytes,
+        memory_fraction=config.gpu_memory_fraction,
+    )
+
+
 def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:
     """Memory for keys and values: ``kv_cache_bytes``, but no more than every sequence can use at full length.
+
+    Where it is not given it is the default on a CPU.
 
     Raises:
         FieldInvalidError: it is too small for a block.
     """
     block_bytes = architecture.kv_bytes_per_token(config.kv_cache_dtype) * config.block_size
-    if config.kv_cache_bytes < block_bytes:
+    asked = DEFAULT_KV_CACHE_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
+    if asked < block_bytes:
         raise FieldInvalidError("engine.kv_cache_bytes", f"must be at least one block of {block_bytes} bytes")
     most = config.max_num_sequences * -(-architecture.max_context_length // config.block_size)
-    return min(config.kv_cache_bytes, most * block_bytes)
+    return min(asked, most * block_bytes)

@@ -7,7 +7,7 @@ from functools import partial
 from manyhats.engine.backends.backend import Backend
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve, scheduler_config
+from manyhats.engine.config import EngineConfig, kv_cache_bytes, limits_of, resolve, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
 from manyhats.engine.loop.serving import ServingModel
@@ -28,6 +28,7 @@ def open_engine(
     load: LoadAdapter,
     *,
     fetch: FetchAdapter | None = None,
+    device: str = "cpu",
     backend: Backend | None = None,
     taken: TakenProcessors | None = None,
     progress: Progress = no_progress,
@@ -39,7 +40,8 @@ def open_engine(
         config: limits and sizes.
         load: reads and lowers an artifact; called on loader threads.
         fetch: brings an artifact from afar before it is loaded; None if all are near.
-        backend: runs it; the CPU's by default.
+        device: that it runs on: ``cpu`` or ``cuda``.
+        backend: runs it; the device's by default.
         taken: counts processors that other processes take; by default as the system reports them.
         progress: called with how many kernels are compiled.
 
@@ -48,14 +50,14 @@ def open_engine(
         FieldInvalidError: the KV cache is too small for a block.
     """
     config = resolve(config)
-    backend = backend or open_backend("cpu", dtype=config.dtype, num_threads=config.num_threads)
-    prepared = backend.prepare(model.architecture, model.weights, progress)
-    cache = backend.new_cache(
-        model.architecture,
-        config.block_size,
-        config.kv_cache_dtype,
-        kv_cache_bytes(config, model.architecture),
+    limits = limits_of(config, model.architecture)
+    backend = backend or open_backend(
+        device, dtype=config.dtype, num_threads=config.num_threads, limits=limits
     )
+    prepared = backend.prepare(model.architecture, model.weights, progress)
+    takes_the_rest = backend.has_own_memory and config.kv_cache_bytes is None
+    num_bytes = None if takes_the_rest else kv_cache_bytes(config, model.architecture)
+    cache = backend.new_cache(model.architecture, config.block_size, config.kv_cache_dtype, num_bytes)
     capacity = cache.num_blocks * cache.block_size
     probe_slot = config.max_loaded_adapters + 1  # after those of the base model and the loaded adapters
     slots = backend.new_adapters(model.architecture, probe_slot + 1, config.dtype)
@@ -69,8 +71,8 @@ def open_engine(
         padding_id=model.padding_id,
         pooling=model.description.pooling,
     )
-    limits = scheduler_config(config, model.architecture)
-    scheduler = Scheduler(limits, BlockAllocator(cache.num_blocks, cache.block_size))
+    scheduler_limits = scheduler_config(config, model.architecture)
+    scheduler = Scheduler(scheduler_limits, BlockAllocator(cache.num_blocks, cache.block_size))
     step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, taken or TakenProcessors(), warm_up)
@@ -86,5 +88,5 @@ def open_engine(
         max_context_length=serving.max_context_length,
         is_encoder=serving.sees_all,
     )
-    num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
-    return Engine(config, serving, loop, AdapterLoading(residency, fetch), probe, num_bytes)
+    parts = {**prepared.num_bytes, "kv": cache.num_bytes}
+    return Engine(config, serving, loop, AdapterLoading(residency, fetch), probe, parts)

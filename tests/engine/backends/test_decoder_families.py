@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.backends.backend import Backend
 from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import batched_backend
 from support.harnesses.engine import Prompt, Ran, Runner, digest_of, load_tiny, random_ids
 from support.oracles.transformers import full_logits, load_transformers
 
@@ -212,8 +214,9 @@ def test_logits_equal_transformers_in_ragged_batches_however_they_are_cut(checkp
         assert_same_bits([ran], alone.run([prompt], all_logits=True))
 
 
-def test_both_backends_agree(checkpoint: Path) -> None:
-    runner = Runner(load_tiny(checkpoint), TorchBackend())
+@pytest.mark.parametrize("backend", [TorchBackend(), batched_backend()], ids=["by row", "batched"])
+def test_both_backends_agree(checkpoint: Path, backend: Backend) -> None:
+    runner = Runner(load_tiny(checkpoint), backend)
     prompts = [Prompt(random_ids(length, length, TINY_VOCAB_SIZE), new_tokens=4) for length in (5, 26)]
     runs = runner.run(prompts, all_logits=True, max_tokens=11)
     assert_equals(runs, load_transformers(checkpoint))
@@ -272,8 +275,9 @@ def test_lora_equals_peft_s(family: str, tmp_path: Path) -> None:
     assert_equals(runs[1::2], peft)
     for ran, other in zip(runs[0::2], runs[1::2], strict=True):
         assert (ran.logits[0] - other.logits[0]).abs().max() > 0.01
-    slow = Runner(model, TorchBackend(), adapters={2: adapter}).run(prompts_of((2,))[:2], all_logits=True)
-    assert_equals(slow, peft)
+    for backend in (TorchBackend(), batched_backend()):
+        slow = Runner(model, backend, adapters={2: adapter}).run(prompts_of((2,))[:2], all_logits=True)
+        assert_equals(slow, peft)
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ def assert_same_bits(runs: list[Ran], others: list[Ran]) -> None:
             assert torch.equal(ran.logits[position], other.logits[position]), position
 
 
+@pytest.mark.bits
 def test_logits_equal_transformers_in_ragged_batches_however_they_are_scheduled(
     checkpoint: Path, prompts: list[Prompt]
 ) -> None:

@@ -20,6 +20,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("num_blocks", [5, 8])
 def test_a_pool_too_small_for_all_gives_the_same_bits_as_a_large_one(
@@ -34,6 +35,7 @@ def test_a_pool_too_small_for_all_gives_the_same_bits_as_a_large_one(
         assert torch.equal(ran.stacked, other.stacked)
 
 
+@pytest.mark.bits
 def test_all_positions_logits_come_once_however_often_a_sequence_is_preempted(runner: Runner) -> None:
     expected = runner.run(PROMPTS, all_logits=True)
     crowded = runner.run(PROMPTS, num_blocks=6, max_tokens=16, all_logits=True)

@@ -179,6 +179,7 @@ USELESS = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
 )
@@ -341,6 +342,7 @@ def some_adapters(base: BaseDescription) -> list[LoweredAdapter]:
     ]
 
 
+@pytest.mark.bits
 async def test_probes_at_once_change_no_stream_and_leave_nothing(model: LoadedModel) -> None:
     adapters = {"a": random_lora(model.description, 1), "b": some_adapters(model.description)[2]}
     records = [make_record(task, adapter.digest) for task, adapter in adapters.items()]

@@ -63,6 +63,7 @@ def assert_scores(output: ScoreOutput, request: ScoreRequest, oracle: nn.Module)
         assert score.logprob == pytest.approx(sum(token.logprob or 0.0 for token in score.tokens))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("num_prompt", [1, 2, 15, 16, 17, 32, 33, 75])
 @pytest.mark.parametrize("lengths", [[1], [20], [1, 1], [3, 40], [7, 1, 16, 17]])
 async def test_a_score_is_the_sum_of_each_token_s_logprob_by_full_recomputation(
@@ -116,6 +117,7 @@ async def test_given_tokens_leave_one_to_score_in_each_continuation(
             await engine.score(replace(request_of(4, [3, 5]), num_given=given))
 
 
+@pytest.mark.bits
 async def test_a_pool_too_small_for_all_continuations_gives_the_same_scores(
     model: LoadedModel,
 ) -> None:
@@ -148,6 +150,7 @@ async def test_top_tokens_and_ranks(model: LoadedModel, oracle: nn.Module) -> No
             assert token.rank == int((row > row[token.id]).sum()) + 1
 
 
+@pytest.mark.bits
 async def test_scores_of_an_adapter_equal_its_prompt_logprobs_beside_other_requests(
     model: LoadedModel,
 ) -> None:

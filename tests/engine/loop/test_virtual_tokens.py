@@ -111,6 +111,7 @@ async def all_at_once(engine: Engine, rows: Sequence[Row]) -> list[Any]:
     return await asyncio.wait_for(asyncio.gather(*(answer(engine, row) for row in rows)), 120)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("make", [stored, soft])
 async def test_two_tasks_that_fit_alone_but_not_together_both_end(make: Any, model: LoadedModel) -> None:
     tasks = {"a": make("a", 100), "b": make("b", 101)}
@@ -188,6 +189,7 @@ async def test_virtual_tokens_do_not_count_as_cached_prompt_tokens(model: Loaded
             assert again.usage.cached_prompt_tokens == 28, "144 tokens fill whole blocks, but for the 140th's"
 
 
+@pytest.mark.bits
 def test_every_mix_of_requests_ends_with_the_tokens_that_each_has_alone(model: LoadedModel) -> None:
     tasks = adapters(model)
     alone: dict[Row, Any] = {}

@@ -14,13 +14,12 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.logits import non_finite_rows
 from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges
+from manyhats.engine.sampling.penalties import LogitChanges
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of, uniform
 from support.harnesses import sampling
-from support.harnesses.sampling import Sampled, mask_of
+from support.harnesses.sampling import Sampled, V, check_alike, mask_of, sampling_rows
 from support.oracles.operations import ReferenceKernels
 
-V = 40
 KERNELS = CpuKernels(2)
 
 
@@ -32,53 +31,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     return sampling.sample(logits, rows, KERNELS)
 
 
-def check_alike(found: Sampled, expected: Sampled) -> None:
-    """The same tokens and ranks; log-probabilities as far as float32 goes."""
-    assert found.token_ids == expected.token_ids
-    for logprob, other in zip(found.logprobs, expected.logprobs, strict=True):
-        if logprob is None or other is None:
-            assert logprob is other is None
-            continue
-        assert (logprob.rank, logprob.top_ids) == (other.rank, other.top_ids)
-        assert logprob.logprob == pytest.approx(other.logprob, rel=1e-6, abs=2e-6)
-        assert list(logprob.top_logprobs) == pytest.approx(list(other.top_logprobs), rel=1e-6, abs=2e-6)
-
-
 def one(logits: Tensor, row: SamplingRow) -> int:
     return sample(logits.reshape(1, -1), [row]).token_ids[0]
-
-
-@st.composite
-def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    ids = st.integers(0, V - 1)
-    return SamplingParams(
-        temperature=draw(st.sampled_from([0.0, 1e-6, 0.5, 1.0, 3.0])),
-        top_k=draw(st.sampled_from([0, 1, 3, 20, 100])),
-        top_p=draw(st.sampled_from([1.0, 0.05, 0.5, 0.9])),
-        min_p=draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
-        typical_p=draw(st.sampled_from([1.0, 0.05, 0.5, 0.9])),
-        repetition_penalty=draw(st.sampled_from([1.0, 0.7, 1.3])),
-        presence_penalty=draw(st.sampled_from([0.0, -1.0, 0.5])),
-        frequency_penalty=draw(st.sampled_from([0.0, -1.0, 0.5])),
-        logit_bias=draw(st.dictionaries(ids, st.floats(-5, 5), max_size=3)),
-    )
-
-
-@st.composite
-def sampling_rows(draw: st.DrawFn) -> SamplingRow:
-    ids = st.integers(0, V - 1)
-    allowed = draw(st.none() | st.lists(st.booleans(), min_size=V, max_size=V).filter(lambda m: sum(m) > 4))
-    params = draw(sampling_params())
-    prompt, output = draw(st.lists(ids, max_size=5)), draw(st.lists(ids, max_size=5))
-    return SamplingRow(
-        params=params,
-        seed=draw(st.integers(0, 2**64 - 1)),
-        step=draw(st.integers(0, 5)),
-        edits=draw(st.sampled_from([NO_EDITS, LogitChanges(params, prompt, output).edits])),
-        forbid=tuple(draw(st.lists(ids, max_size=2))),
-        allowed=None if allowed is None else mask_of(allowed),
-        num_logprobs=draw(st.sampled_from([None, 0, 2])),
-    )
 
 
 def test_greedy_takes_the_largest_and_the_smallest_id_of_equals() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from manyhats.engine.backends.report import KernelPath, ProcessorReport
+from manyhats.engine.backends.report import GpuReport, KernelPath, ProcessorReport
 from manyhats.engine.threads.processors import num_processors
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.doctor.processor import (
@@ -104,6 +104,16 @@ def test_numbas_other_layers_are_seen(make: Make) -> None:
 
 
 def test_a_device_without_kernels_is_refused_as_by_serve(make: Make) -> None:
-    assert only(look_at_device(make())).text.startswith("cpu; ")
-    with pytest.raises(ConfigError, match="device"):
-        list(look_at_device(make(device="cuda")))
+    old = GpuReport(torch="2.13", is_for_cuda=True, name="Tesla T4", capability=(7, 5))
+    assert only(look_at_device(make(), lambda: old)).text.startswith(
+        "cpu; Tesla T4 has compute capability 7.5"
+    )
+    with pytest.raises(ConfigError, match="Tesla T4"):
+        list(look_at_device(make(device="cuda"), lambda: old))
+
+
+def test_the_gpu_that_is_used_or_left_is_named(make: Make) -> None:
+    gpu = GpuReport(torch="2.13", is_for_cuda=True, name="H100", capability=(9, 0), num_bytes=80 << 30)
+    assert only(look_at_device(make(), lambda: gpu)).text == "cuda; H100, 80 GiB, compute capability 9.0"
+    (left,) = bad(look_at_device(make(device="cpu"), lambda: gpu))
+    assert left.text == "cpu; H100 is not used"

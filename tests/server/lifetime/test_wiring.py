@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from structlog.testing import capture_logs
 
 from manyhats.adapters.limits import AdapterLimits, Quotas
+from manyhats.engine.backends.open import report_gpu
+from manyhats.engine.backends.report import GpuReport
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
@@ -31,11 +36,42 @@ def test_engine_gets_its_part_with_auto_resolved() -> None:
     assert (bounded.scheduler.max_bulk_tokens, bounded.max_score_tokens) == (5, 99)
 
 
-def test_device_auto_is_what_there_are_kernels_for() -> None:
-    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
-    with pytest.raises(ConfigError) as caught:
-        resolve_device("cuda")
+H100 = GpuReport(torch="2.13", is_for_cuda=True, name="H100", capability=(9, 0), num_bytes=80 << 30)
+UNUSABLE = {
+    "no CUDA in torch": (
+        GpuReport(torch="2.13+cpu", is_for_cuda=False),
+        "torch 2.13.cpu is built without CUDA",
+    ),
+    "no driver": (GpuReport(torch="2.13", is_for_cuda=True), "nvidia-smi"),
+    "old": (replace(H100, name="Tesla T4", capability=(7, 5)), "Tesla T4 has .* 7.5, and at least 8.0"),
+}
+
+
+def test_device_auto_is_a_gpu_where_one_can_be_used() -> None:
+    for device in ("auto", "cuda"):
+        assert resolve_device(device, lambda: H100) == "cuda"
+        assert resolve_device(device, lambda: replace(H100, capability=(8, 0))) == "cuda"
+
+
+def test_device_cpu_looks_for_no_gpu() -> None:
+    assert resolve_device("cpu", lambda: pytest.fail("looked")) == "cpu"
+
+
+@pytest.mark.parametrize(("gpu", "text"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_gpu_that_cannot_be_used_is_refused_and_passed_over_by_auto_which_says_why(
+    gpu: GpuReport, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        resolve_device("cuda", lambda: gpu)
     assert caught.value.setting == "device"
+    with capture_logs() as logs:
+        assert resolve_device("auto", lambda: gpu) == "cpu"
+    assert [log["reason"] for log in logs] == [gpu.problem]
+
+
+def test_a_torch_for_cpus_is_not_asked_for_gpus() -> None:
+    if torch.version.cuda is None:
+        assert report_gpu() == GpuReport(torch=torch.__version__, is_for_cuda=False)
 
 
 def test_the_store_gets_its_limits_and_quotas() -> None:

@@ -17,10 +17,10 @@ from manyhats.adapters.heads import Pooling
 from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.registration import Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.request import EncodeRequest
 from support.factories.tiny_models import TINY_VOCAB_SIZE
+from support.harnesses.backends import assert_alike, named_backend
 from support.harnesses.engine import random_ids, running_engine
 
 TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (1, 9, 40, 70))
@@ -57,7 +57,7 @@ async def read_all(
     Tasks without a source of their own are directories of their names.
     """
     with closing(open_store(directory / backend, model.description, [directory])) as store:
-        opened = open_backend(backend, dtype="float32", num_threads=1)
+        opened = named_backend(backend)
         options = {"max_num_batched_tokens": 128, **engine}
         async with running_engine(model, store.lower, backend=opened, **options) as running:
             records: dict[str, AdapterRecord | None] = {"": None}
@@ -78,7 +78,7 @@ async def read_all(
             for name, values in found.items():
                 for text, together in zip(texts, values, strict=True):
                     alone = await running.encode(asked(name, (text,)))
-                    assert np.array_equal(alone.values[0], together)
+                    assert_alike(alone.values[0], together, backend)
     return found
 
 

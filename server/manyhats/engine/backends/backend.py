@@ -4,7 +4,8 @@ Above them there are no device tensors, kernels or thread counts; below them no 
 
 Every backend must keep one invariant: a row's result depends only on that row and its own keys and values, never on how
 many rows the step has, how a prompt was split into chunks, or whether it is decode or prefill. Without it, preemption,
-chunking and prefix hits would change tokens. A gate, which the rows of an encoder's text share, depends on these alone.
+chunking and prefix hits would change tokens; plain torch on a GPU keeps it up to rounding only. A gate, which the rows
+of an encoder's text share, depends on these alone.
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ class Backend(Protocol):
         """Shown in server info and logs."""
         ...
 
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether it runs on a device with memory of its own."""
+        ...
+
     def prepare(
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> Model[Any, Any]:
@@ -155,11 +161,19 @@ class Backend(Protocol):
         """
         ...
 
-    def new_cache(self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int) -> KVCache:
+    def new_cache(
+        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int | None
+    ) -> KVCache:
         """An empty cache of as many blocks as fit; dtype is ``float32``, ``bfloat16`` or ``int8``.
 
+        Args:
+            architecture: the model's.
+            block_size: cells per block.
+            dtype: of keys and values.
+            num_bytes: to take; None for what is left of a device's own memory, once the model is prepared.
+
         Raises:
-            ModelError: the backend cannot run this block size or head size.
+            ModelError: the backend cannot run this block size or head size, or nothing is left.
         """
         ...
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from manyhats.engine.backends.backend import Backend
-from manyhats.engine.backends.report import ProcessorReport
+from manyhats.engine.backends.limits import Limits
+from manyhats.engine.backends.report import GpuReport, ProcessorReport
 from manyhats.engine.errors import ModelError
 
 
-def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
+def open_backend(name: str, *, dtype: str, num_threads: int = 0, limits: Limits | None = None) -> Backend:
     """Open a backend, which is imported only then.
 
     Args:
-        name: ``cpu`` or ``torch``.
+        name: ``cpu``, ``cuda``, or ``torch`` for the reference on the CPU.
         dtype: ``float32`` for exact arithmetic, ``bfloat16`` for what the processor does faster.
         num_threads: of a backend on the CPU; 0 for one per core.
+        limits: of the engine, by which a device's own memory is divided.
 
     Raises:
         ModelError: there is none with this name.
@@ -28,6 +32,10 @@ def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
         from manyhats.engine.backends.torch.backend import TorchBackend
 
         return TorchBackend()
+    if name == "cuda":
+        from manyhats.engine.backends.torch.backend import TorchBackend
+
+        return TorchBackend("cuda", dtype, limits=limits)
     raise ModelError(f"there is no backend {name!r}")
 
 
@@ -36,6 +44,20 @@ def kernel_directory() -> Path:
     from manyhats.engine.backends.cpu.compile import cache_directory
 
     return cache_directory()
+
+
+def report_gpu() -> GpuReport:
+    """The GPU that ``cuda`` would run on; a torch built for CPUs is not asked for one."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return GpuReport(torch=torch.__version__, is_for_cuda=torch.version.cuda is not None)
+    properties = torch.cuda.get_device_properties(0)
+    return GpuReport(
+        torch=torch.__version__,
+        is_for_cuda=True,
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        num_bytes=properties.total_memory,
+    )
 
 
 def report_processor(*, dtype: str, num_threads: int = 0) -> ProcessorReport:

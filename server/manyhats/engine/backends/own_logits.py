@@ -50,34 +50,68 @@ def finish_apart(
     """What is wanted from each group of rows, and from the rest, as one outcome in the order of ``wants``.
 
     Args:
-        own: the groups.
+        own: the groups, on the host.
         vocab_size: V, the base's.
         chooser: of the backend.
         wants: from all rows.
         finish_rest: computes what is wanted from the other rows, whose logits have the base's columns.
     """
-    all_own = np.concatenate([group.rows for group in own])
-    rest = _Part.of(wants, lambda rows: ~np.isin(rows, all_own))
-    outcome = finish_rest(_fitted(rest.wants, vocab_size))
-    parts = [(rest, outcome)]
-    bad = set(outcome.bad_rows) - set(all_own.tolist())
-    for group in own:
-        part = _Part.of(wants, lambda rows, group=group: np.isin(rows, group.rows))  # type: ignore[misc]
-        found = HostLogits(group.values, chooser).finish(_renumbered(part.wants, group)).outcome
-        parts.append((part, found))
-        bad |= {int(group.rows[row]) for row in found.bad_rows}
-    tokens: dict[int, Token] = {}
-    targets: dict[int, TokenLogprob] = {}
-    for part, found in parts:
-        tokens |= dict(zip(part.choices.tolist(), found.tokens, strict=True))
-        targets |= dict(zip(part.targets.tolist(), found.targets, strict=True))
-    return Outcome(
-        tokens=[tokens[place] for place in range(wants.choices.num_rows)],
-        targets=[targets[place] for place in range(len(wants.targets.ids))],
-        whole=_whole(wants, parts),
-        bad_rows=frozenset(bad),
-        hidden=outcome.hidden,
+    vocabularies = Vocabularies.of(own, vocab_size, wants)
+    return vocabularies.joined(
+        [
+            finish_rest(part) if group is None else HostLogits(group.values, chooser).finish(part).outcome
+            for group, part in vocabularies.wants
+        ]
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabularies:
+    """What is wanted of a step, divided by vocabulary.
+
+    Attributes:
+        wants: what is wanted of the rest, whose group is None, then of each group, with rows numbered within it.
+    """
+
+    wants: Sequence[tuple[OwnRows | None, Wants]]
+    _all: Wants
+    _parts: Sequence[_Part]
+
+    @classmethod
+    def of(cls, own: Sequence[OwnRows], vocab_size: int, wants: Wants) -> Vocabularies:
+        """See ``finish_apart``."""
+        all_own = np.concatenate([group.rows for group in own])
+        rest = _Part.of(wants, lambda rows: ~np.isin(rows, all_own))
+        parts = [_Part.of(wants, lambda rows, group=group: np.isin(rows, group.rows)) for group in own]  # type: ignore[misc]
+        divided: list[tuple[OwnRows | None, Wants]] = [(None, _fitted(rest.wants, vocab_size))]
+        divided += [(group, _renumbered(part.wants, group)) for group, part in zip(own, parts, strict=True)]
+        return cls(divided, wants, [rest, *parts])
+
+    def joined(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """The outcomes of ``wants``, in their order, as one in the order of what was wanted first."""
+        wants, rest = self._all, outcomes[0]
+        parts = list(zip(self._parts, outcomes, strict=True))
+        tokens: dict[int, Token] = {}
+        targets: dict[int, TokenLogprob] = {}
+        for part, found in parts:
+            tokens |= dict(zip(part.choices.tolist(), found.tokens, strict=True))
+            targets |= dict(zip(part.targets.tolist(), found.targets, strict=True))
+        return Outcome(
+            tokens=[tokens[place] for place in range(wants.choices.num_rows)],
+            targets=[targets[place] for place in range(len(wants.targets.ids))],
+            whole=_whole(wants, parts),
+            bad_rows=self._bad_rows(outcomes),
+            hidden=rest.hidden,
+        )
+
+    def _bad_rows(self, outcomes: Sequence[Outcome]) -> frozenset[int]:
+        bad = set(outcomes[0].bad_rows)
+        groups = [group for group, _ in self.wants if group is not None]
+        for group in groups:
+            bad -= set(group.rows.tolist())
+        for group, found in zip(groups, outcomes[1:], strict=True):
+            bad |= {int(group.rows[row]) for row in found.bad_rows}
+        return frozenset(bad)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LEAST_CAPABILITY = (8, 0)
+"""The first with tensor cores for bfloat16: Ampere's, of A100 and RTX 30."""
+
 
 @dataclass(frozen=True, slots=True)
 class KernelPath:
@@ -36,3 +39,34 @@ class ProcessorReport:
     paths: tuple[KernelPath, ...]
     num_threads: int
     threads: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuReport:
+    """What torch sees of a GPU.
+
+    Attributes:
+        torch: its version.
+        is_for_cuda: whether it is built for CUDA.
+        name: of the card; empty if there is none, or no driver for it.
+        capability: compute capability, such as (9, 0).
+        num_bytes: of its memory.
+    """
+
+    torch: str
+    is_for_cuda: bool
+    name: str = ""
+    capability: tuple[int, int] = (0, 0)
+    num_bytes: int = 0
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can run there, and what to do; empty if it can."""
+        if not self.is_for_cuda:
+            return f"torch {self.torch} is built without CUDA; install a build of torch for CUDA"
+        if not self.name:
+            return f"torch {self.torch} finds no GPU, or no driver for it; see what nvidia-smi says"
+        if self.capability < LEAST_CAPABILITY:
+            have, least = (".".join(map(str, each)) for each in (self.capability, LEAST_CAPABILITY))
+            return f"{self.name} has compute capability {have}, and at least {least} is needed (A100, RTX 30 or later)"
+        return ""

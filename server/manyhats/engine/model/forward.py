@@ -81,6 +81,10 @@ class Maths(Protocol):
         """The activation, if there is a gate that of the first half times the second: [N, I or 2·I] → [N, I]."""
         ...
 
+    def mix(self, layer: int, spec: Block, x: Tensor) -> Tensor:
+        """A mixture of experts: [N, D] → [N, D] float32."""
+        ...
+
     def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         """Stream + output as the rows' bottlenecks change it, normed if there is a norm: [N, D] twice → [N, D]."""
         ...
@@ -168,15 +172,19 @@ def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, str
 
 def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
     x = _read(maths, spec, "feed_forward", weights, stream)
-    experts = spec.feed_forward.experts
-    if experts is not None:
-        return _mixture(maths, spec, experts, layer, x)
+    if spec.feed_forward.experts is not None:
+        return maths.mix(layer, spec, x)
     first, down = spec.feed_forward_groups()
     return maths.linears(layer, down, maths.activate(maths.linears(layer, first, x), spec.feed_forward))
 
 
-def _mixture(maths: Maths, spec: Block, experts: Experts, layer: int, x: Tensor) -> Tensor:
-    """What each row's experts make of it, times their weights, summed in order: [N, D] → [N, D] float32."""
+def mixed_by_expert(maths: Maths, layer: int, spec: Block, x: Tensor) -> Tensor:
+    """What each row's experts make of it, times their weights, summed in order: [N, D] → [N, D] float32.
+
+    Each expert runs on its own rows; how many these are must be known before it is launched.
+    """
+    experts = spec.feed_forward.experts
+    assert experts is not None
     chosen, shares = routed(maths.linears(layer, spec.router(experts), x).float(), experts)
     pairs = chosen.flatten().argsort(stable=True)  # of a row and one of its experts, by expert
     used, counts = chosen.unique(return_counts=True)

@@ -74,7 +74,7 @@ def look_at_memory(model: ModelOnDisk | None, config: ServeConfig, cgroup: Cgrou
     cache = kv_cache_bytes(settings, model.family.architecture)
     at_start = _RUNTIME_BYTES + weights + cache
     at_most = at_start + settings.max_adapter_bytes
-    asked = settings.kv_cache_bytes
+    asked = settings.kv_cache_bytes or cache
     # Never more than all sequences can fill.
     of = f" (of the {_size(asked)} given)" if cache < 0.9 * asked else ""
     text = (

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
-
-import torch
 
 from manyhats.engine.config import resolve
 from manyhats.engine.threads.processors import num_processors
@@ -16,7 +14,7 @@ from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.wiring import resolve_device
 
 if TYPE_CHECKING:
-    from manyhats.engine.backends.report import ProcessorReport
+    from manyhats.engine.backends.report import GpuReport, ProcessorReport
 
 # Variables with which a user, or whoever made the image, may have bounded the kernels' threads.
 _BOUNDS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS")
@@ -82,13 +80,18 @@ def _layer(threads: str) -> Finding:
     return warning("threads of the kernels", f"{threads}, beside the OpenMP of torch", advice)
 
 
-def look_at_device(config: ServeConfig) -> Iterator[Finding]:
-    """Which device is used."""
-    device = resolve_device(config.device)
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-        yield warning(
-            "device", f"{device}; {name} is not used", "this version's kernels run on processors alone"
+def look_at_device(config: ServeConfig, find: Callable[[], GpuReport] | None = None) -> Iterator[Finding]:
+    """Which device is used, and why not a GPU."""
+    from manyhats.engine.backends.open import report_gpu
+
+    gpu = (find or report_gpu)()
+    device = resolve_device(config.device, lambda: gpu)
+    if device == "cuda":
+        size = f"{gpu.num_bytes / 2**30:.0f} GiB"
+        yield ok(
+            "device", f"{device}; {gpu.name}, {size}, compute capability {'.'.join(map(str, gpu.capability))}"
         )
+    elif not gpu.problem:
+        yield warning("device", f"{device}; {gpu.name} is not used", "give --device auto or cuda")
     else:
-        yield ok("device", f"{device}; there is no CUDA device")
+        yield ok("device", f"{device}; {gpu.problem}")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+import structlog
 import torch
 
 from manyhats.adapters.artifact import AdapterRecord
@@ -16,6 +17,8 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
+from manyhats.engine.backends.open import report_gpu
+from manyhats.engine.backends.report import GpuReport
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import resolve
 from manyhats.engine.home import default_home
@@ -34,6 +37,7 @@ from manyhats.settings.declaration import values_of
 
 T = TypeVar("T")
 
+_log = structlog.get_logger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
 _NUM_STORE_THREADS = 32
@@ -70,6 +74,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         settings,
         loader,
         fetch=(lambda record: read_from(store.fetch, record, health)) if store.is_far else None,
+        device=device,
         progress=progress,
     )
     engine.loop.on_step = metrics.step
@@ -148,15 +153,20 @@ def limits(config: ServeConfig) -> ServerLimits:
     return ServerLimits(**{each.name: values[each.name] for each in fields(ServerLimits)})
 
 
-def resolve_device(device: str) -> str:
-    """The device that ``auto`` means.
+def resolve_device(device: str, find: Callable[[], GpuReport] = report_gpu) -> str:
+    """The device that ``auto`` means: a GPU, if there is one that can be used; the log says why not.
 
     Raises:
-        ConfigError: the engine has no kernels for it.
+        ConfigError: ``cuda``, which cannot be used.
     """
-    if device == "cuda":
-        raise ConfigError("device", "this version has kernels for the CPU only")
-    return "cpu"
+    if device == "cpu":
+        return device
+    problem = find().problem
+    if device == "cuda" and problem:
+        raise ConfigError("device", problem)
+    if problem:
+        _log.info("running on the CPU", reason=problem)
+    return "cpu" if problem else "cuda"
 
 
 @dataclass(frozen=True, slots=True)

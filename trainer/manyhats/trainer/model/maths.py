@@ -24,8 +24,8 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import EMBEDDING, Site
-from manyhats.engine.model.architecture import FeedForward, Group, Learned, Norm, Rope
-from manyhats.engine.model.forward import StreamNorm
+from manyhats.engine.model.architecture import Block, FeedForward, Group, Learned, Norm, Rope
+from manyhats.engine.model.forward import StreamNorm, mixed_by_expert
 from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NormWeight
 from manyhats.trainer.model.attention import attend
@@ -133,6 +133,10 @@ class TrainingMaths:
         """The compute dtype; keeps its input."""
         apply = gated if feed_forward.is_gated else activated
         return apply(gate_up, feed_forward.activation, self.base.dtype)
+
+    def mix(self, layer: int, spec: Block, x: Tensor) -> Tensor:
+        """Float32."""
+        return mixed_by_expert(self, layer, spec, x)
 
     def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         """Float32."""

@@ -33,6 +33,11 @@ class CpuBackend:
         """Which kernels run the NF4 linears."""
         return "cpu-int16" if self._kernels.uses_int16 else "cpu-numba"
 
+    @property
+    def has_own_memory(self) -> bool:
+        """No."""
+        return False
+
     def prepare(
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> CpuModel:
@@ -41,13 +46,15 @@ class CpuBackend:
             return CpuModel(architecture, weights, self._kernels)
 
     def new_cache(
-        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int
+        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int | None
     ) -> CpuKVCache:
         """An empty cache.
 
         Raises:
-            ModelError: the block size or the head is not a multiple of 16.
+            ModelError: the block size or the head is not a multiple of 16, or no size is given.
         """
+        if num_bytes is None:
+            raise ModelError("the KV cache needs a size: the CPU has no memory of its own")
         head_dim = architecture.attention.head_dim
         if block_size % _VECTOR_PAIR or head_dim % _VECTOR_PAIR:
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Adapters of the torch backend, as they were lowered: matrices rounded to the slots' dtype, on the device."""
+"""Adapters of the torch backend, as they were lowered: matrices rounded to the slots' dtype."""
 
 from __future__ import annotations
 
@@ -36,13 +36,11 @@ class TorchAdapterSlots:
 
     Args:
         dtype: that matrices are rounded to; arithmetic is float32.
-        device: where they lie.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.placed: dict[int, TorchAdapter] = {}
         self._dtype = dtype
-        self._device = device
 
     def pack(self, adapter: LoweredAdapter) -> TorchAdapter:
         """Its deltas, sorted by site."""
@@ -60,7 +58,7 @@ class TorchAdapterSlots:
         self.placed.pop(slot, None)
 
     def _kept(self, part: PartT) -> PartT:
-        """A delta, or a norm or gate in it, on the device."""
+        """A delta, or a norm or gate in it, rounded."""
         changes: dict[str, Any] = {}
         for field in fields(part):
             value = getattr(part, field.name)
@@ -68,7 +66,7 @@ class TorchAdapterSlots:
                 changes[field.name] = self._kept(value)
             elif isinstance(value, Tensor):
                 is_matrix = field.name in _MATRICES and not isinstance(part, LayerNorm | Gate)
-                value = value.to(self._device, self._dtype if is_matrix else value.dtype)
+                value = value.to(self._dtype if is_matrix else value.dtype)
                 changes[field.name] = value if field.name == "ids" else value.float()
         kept: PartT = replace(part, **changes)
         return kept

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyhats.engine.backends.int8 import dequantized, quantized
 from manyhats.engine.backends.plan import StepPlan
+from manyhats.engine.backends.torch.upload import uploaded
 from manyhats.engine.model.architecture import Architecture
 
 
@@ -57,13 +58,13 @@ class TorchKVCache:
             else:
                 stored[layer, cells] = given.to(stored)
 
-    def read(self, layer: int, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's cells, each [cells, Hkv, K] float32."""
+    def read(self, layer: int, cells: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's cells, each [..., Hkv, K] for cells [...]."""
         if self.keys.dtype != torch.int8:
-            return self.keys[layer, cells].float(), self.values[layer, cells].float()
+            return self.keys[layer, cells].to(dtype), self.values[layer, cells].to(dtype)
         return (
-            dequantized(self.keys[layer, cells], self._key_scales[layer, cells]),
-            dequantized(self.values[layer, cells], self._value_scales[layer, cells]),
+            dequantized(self.keys[layer, cells], self._key_scales[layer, cells]).to(dtype),
+            dequantized(self.values[layer, cells], self._value_scales[layer, cells]).to(dtype),
         )
 
     def copy_blocks(self, plan: StepPlan) -> None:
@@ -78,10 +79,11 @@ class TorchKVCache:
     def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Writes cells 0 … P − 1 of the blocks; keys and values [L, P, Hkv, K]."""
         cells = self.cells_of(torch.tensor(blocks), keys.shape[1])
-        self.store(slice(None), cells, keys, values)
+        device = self.keys.device
+        self.store(slice(None), cells, uploaded(keys, device), uploaded(values, device))
 
     def cells_of(self, blocks: Tensor, count: int) -> Tensor:
         """The first ``count`` cells of blocks in order: int64 on the cache's device."""
         index = torch.arange(count)
         cells = blocks.long()[index // self.block_size] * self.block_size + index % self.block_size
-        return cells.to(self.keys.device)
+        return uploaded(cells, self.keys.device)

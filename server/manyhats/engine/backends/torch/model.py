@@ -1,4 +1,4 @@
-"""A model on a device, run as ``model.forward`` states it."""
+"""A model on the CPU, run as ``model.forward`` states it, row by row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from manyhats.adapters import equations
 from manyhats.adapters.activations import ACTIVATIONS
@@ -32,6 +31,7 @@ from manyhats.engine.backends.plan import Ints, StepPlan
 from manyhats.engine.backends.torch.adapters import TorchAdapter, TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.choosing import TorchChooser
+from manyhats.engine.backends.torch.rotation import rotated
 from manyhats.engine.backends.torch.texts import Texts
 from manyhats.engine.backends.wants import Wants
 from manyhats.engine.backends.warmup import run_one
@@ -39,6 +39,7 @@ from manyhats.engine.model.architecture import (
     COUPLINGS,
     Architecture,
     Attention,
+    Block,
     FeedForward,
     Group,
     Learned,
@@ -52,10 +53,11 @@ from manyhats.engine.model.forward import (
     entered,
     left,
     logits,
+    mixed_by_expert,
     scaled_logits,
 )
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.rotary import Angles, RotaryTables
+from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
 
@@ -76,21 +78,19 @@ class _Dense:
 
 
 class TorchModel:
-    """``Model`` in plain torch.
+    """``Model`` in plain torch, in float32 on the CPU.
 
-    On the CPU each row is computed by itself, since the rounding of a product may depend on its number of rows.
+    Each row is computed by itself, since the rounding of a product may depend on its number of rows.
 
     Args:
         architecture: what is computed.
         weights: dequantized here.
-        device: where.
     """
 
-    def __init__(self, architecture: Architecture, weights: Weights, device: torch.device) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights) -> None:
         self.architecture = architecture
-        self.device = device
         self.weights = weights
-        self.embedding = weights.embedding.to(device)
+        self.embedding = weights.embedding
         self._sets: dict[BlockWeights, dict[str, _Dense]] = {}
         for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True):
             if of_block not in self._sets:
@@ -103,18 +103,18 @@ class TorchModel:
         self.head = None
         if architecture.head is not None:
             self.head = self.outer.get("lm_head") or self._dense([weights.head])
-        self.positions = None if weights.positions is None else weights.positions.float().to(device)
-        self.token_types = None if weights.token_types is None else weights.token_types.float().to(device)
+        self.positions = None if weights.positions is None else weights.positions.float()
+        self.token_types = None if weights.token_types is None else weights.token_types.float()
         self.tables = RotaryTables(architecture)
 
     def _dense(self, linears: list[Linear]) -> _Dense:
-        matrices = [_dequantized(linear.matrix).to(self.device) for linear in linears]
+        matrices = [_dequantized(linear.matrix) for linear in linears]
         biases = [
             torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float()
             for linear in linears
         ]
         has_bias = any(linear.bias is not None for linear in linears)
-        return _Dense(torch.cat(matrices), torch.cat(biases).to(self.device) if has_bias else None)
+        return _Dense(torch.cat(matrices), torch.cat(biases) if has_bias else None)
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
@@ -148,14 +148,12 @@ class TorchModel:
         wanted = stream[maths.tensor(plan.hidden_rows).long()]
         read = left(maths, self.architecture, self.weights.final_norm, wanted)
         if self.architecture.head is None:
-            return HostLogits(torch.empty(0, 0), TorchChooser(), read.cpu())
+            return HostLogits(torch.empty(0, 0), TorchChooser(), read)
         last = stream[maths.tensor(plan.logit_rows).long()]
         hidden = left(maths, self.architecture, self.weights.final_norm, last)
         found = logits(maths, self.architecture.head, hidden)
-        own = [
-            OwnRows(each.rows, scaled_logits(each.values, self.architecture.head).cpu()) for each in maths.own
-        ]
-        return _TorchLogits(found.cpu(), read.cpu(), own)
+        own = [OwnRows(each.rows, scaled_logits(each.values, self.architecture.head)) for each in maths.own]
+        return _TorchLogits(found, read, own)
 
 
 class _TorchLogits(HostLogits):
@@ -187,7 +185,6 @@ class _Step:
         self._cells = self.tensor(plan.cells)
         self._positions = self.tensor(plan.positions).long()
         self._angles = model.tables.at(torch.from_numpy(plan.positions).long())
-        self._one_by_one = model.device.type == "cpu"
         self._rows = list(self._rows_by_slot(plan.row_slots))
         self._logit_rows = list(self._rows_by_slot(plan.row_slots[plan.logit_rows]))
         self._texts = Texts(
@@ -197,8 +194,8 @@ class _Step:
         self.own: list[OwnRows] = []
 
     def tensor(self, values: np.ndarray) -> Tensor:
-        """A copy of the plan's numbers on the device."""
-        return torch.from_numpy(values).to(self._model.device)
+        """The plan's numbers."""
+        return torch.from_numpy(values)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         # Tokens beyond the table are their adapter's, which replaces what is taken for them.
@@ -276,8 +273,8 @@ class _Step:
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":
             x = x - x.mean(-1, keepdim=True)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight.weight.to(x.device)
-        return y if weight.bias is None else y + weight.bias.to(x.device)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight.weight
+        return y if weight.bias is None else y + weight.bias
 
     output_norm = norm
 
@@ -317,6 +314,9 @@ class _Step:
             return activation(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
+
+    def mix(self, layer: int, spec: Block, x: Tensor) -> Tensor:
+        return mixed_by_expert(self, layer, spec, x)
 
     def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         normed = None if norm is None else partial(self.output_norm, norm=norm[0], weight=norm[1])
@@ -363,7 +363,7 @@ class _Step:
                 found[rows] = self._changed(adapter, hidden[rows], found[rows])
             else:
                 values = self._changed(adapter, hidden[rows], resized(found[rows], adapter.vocab_size))
-                self.own.append(OwnRows(rows.cpu().numpy(), values))
+                self.own.append(OwnRows(rows.numpy(), values))
         return found
 
     def _changed(self, adapter: TorchAdapter, hidden: Tensor, found: Tensor) -> Tensor:
@@ -377,18 +377,16 @@ class _Step:
         return found
 
     def _product(self, x: Tensor, dense: _Dense) -> Tensor:
-        if not self._one_by_one:
-            return functional.linear(x, dense.weight, dense.bias)
         rows = [dense.weight @ row if dense.bias is None else dense.weight @ row + dense.bias for row in x]
         return torch.stack(rows) if rows else x.new_empty(0, dense.weight.shape[0])
 
     def _rows_by_slot(self, row_slots: Ints) -> Iterator[tuple[int, Tensor]]:
-        """Each adapter's slot and its rows, together or one by one; an empty slot is the base."""
+        """Each adapter's slot and its rows, one by one; an empty slot is the base."""
         for slot in np.unique(row_slots).tolist():
             if slot not in self._adapters.placed:
                 continue
             rows = self.tensor(np.flatnonzero(row_slots == slot))
-            for own in rows.split(1) if self._one_by_one else (rows,):
+            for own in rows.split(1):
                 yield slot, own
 
     def _deltas(
@@ -398,14 +396,6 @@ class _Step:
         for slot, rows in self._rows:
             for delta in self._adapters.placed[slot].at(site, kind):
                 yield rows if among is None else torch.isin(among, rows).nonzero()[:, 0], delta
-
-
-def rotated(heads: Tensor, angles: Angles) -> Tensor:
-    """Heads [N, H, K], the first ``rotary_dim`` values turned by halves; the angles are the rows'."""
-    cos, sin = (part.to(heads.device).unsqueeze(1) for part in angles)
-    half = cos.shape[-1]
-    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def attended(queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:

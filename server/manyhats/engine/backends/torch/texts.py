@@ -29,7 +29,7 @@ class Texts:
         """The factors of rows' texts, [R, n]; ``read`` gives the inputs of all rows."""
         if gate is None:
             return 1.0
-        texts = np.searchsorted(self._starts, rows.cpu().numpy(), side="right") - 1
+        texts = np.searchsorted(self._starts, rows.numpy(), side="right") - 1
         return torch.stack([self.gate_of_text(gate, text, read) for text in texts.tolist()])
 
     def gate_of_text(self, gate: Gate, text: int, read: Callable[[], Tensor]) -> Tensor:
@@ -50,4 +50,4 @@ class Texts:
             first, last = starts[text : text + 2].tolist()
             own = ends.part(row - first, last - first, size)
             mask[index, own.start : own.stop] = 1.0
-        return mask.to(rows.device)
+        return mask

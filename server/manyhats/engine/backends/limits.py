@@ -1,0 +1,22 @@
+"""The most that an engine asks of a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """By these a device with memory of its own divides that.
+
+    Attributes:
+        max_rows: of a step.
+        max_sequences: that run at once.
+        adapter_bytes: of the loaded adapters.
+        memory_fraction: of the device's memory.
+    """
+
+    max_rows: int
+    max_sequences: int
+    adapter_bytes: int
+    memory_fraction: float
