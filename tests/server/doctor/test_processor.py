@@ -114,6 +114,8 @@ def test_a_device_without_kernels_is_refused_as_by_serve(make: Make) -> None:
 
 def test_the_gpu_that_is_used_or_left_is_named(make: Make) -> None:
     gpu = GpuReport(torch="2.13", is_for_cuda=True, name="H100", capability=(9, 0), num_bytes=80 << 30)
-    assert only(look_at_device(make(), lambda: gpu)).text == "cuda; H100, 80 GiB, compute capability 9.0"
-    (left,) = bad(look_at_device(make(device="cpu"), lambda: gpu))
-    assert left.text == "cpu; H100 is not used"
+    used = only(look_at_device(make(device="cuda"), lambda: gpu))
+    assert used.text == "cuda; H100, 80 GiB, compute capability 9.0"
+    for device in ("auto", "cpu"):
+        (left,) = bad(look_at_device(make(device=device), lambda: gpu))
+        assert left.text == "cpu; H100 is not used"

@@ -47,10 +47,15 @@ UNUSABLE = {
 }
 
 
-def test_device_auto_is_a_gpu_where_one_can_be_used() -> None:
-    for device in ("auto", "cuda"):
-        assert resolve_device(device, lambda: H100) == "cuda"
-        assert resolve_device(device, lambda: replace(H100, capability=(8, 0))) == "cuda"
+def test_device_cuda_is_a_gpu_that_can_be_used() -> None:
+    assert resolve_device("cuda", lambda: H100) == "cuda"
+    assert resolve_device("cuda", lambda: replace(H100, capability=(8, 0))) == "cuda"
+
+
+def test_device_auto_leaves_a_gpu_and_says_how_to_use_it() -> None:
+    with capture_logs() as logs:
+        assert resolve_device("auto", lambda: H100) == "cpu"
+    assert "--device cuda would use H100" in logs[0]["reason"]
 
 
 def test_device_cpu_looks_for_no_gpu() -> None:

@@ -154,19 +154,20 @@ def limits(config: ServeConfig) -> ServerLimits:
 
 
 def resolve_device(device: str, find: Callable[[], GpuReport] = report_gpu) -> str:
-    """The device that ``auto`` means: a GPU, if there is one that can be used; the log says why not.
+    """The device that ``auto`` means: the CPU, until what runs on GPUs has been run on one; the log says so.
 
     Raises:
         ConfigError: ``cuda``, which cannot be used.
     """
     if device == "cpu":
         return device
-    problem = find().problem
-    if device == "cuda" and problem:
-        raise ConfigError("device", problem)
-    if problem:
-        _log.info("running on the CPU", reason=problem)
-    return "cpu" if problem else "cuda"
+    gpu = find()
+    if device == "cuda" and gpu.problem:
+        raise ConfigError("device", gpu.problem)
+    if device == "auto":
+        untried = f"--device cuda would use {gpu.name}, which has not been tried on a GPU yet"
+        _log.info("running on the CPU", reason=gpu.problem or untried)
+    return "cuda" if device == "cuda" else "cpu"
 
 
 @dataclass(frozen=True, slots=True)
