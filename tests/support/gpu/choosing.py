@@ -63,7 +63,7 @@ def _near(row: Tensor, choices: Choices, index: int) -> set[int]:
             point=np.clip(choices.point + point, 0, 1 - 2.0**-53),
             top_p=np.where(choices.top_p < 1, choices.top_p + top_p, 1.0),
             typical_p=np.where(choices.typical_p < 1, choices.typical_p + typical_p, 1.0),
-            min_p=choices.min_p * (1 + min_p),
+            min_p=np.minimum(choices.min_p * (1 + min_p), 1.0),
         )
         found.add(choose_row(row, moved, index))
     return found

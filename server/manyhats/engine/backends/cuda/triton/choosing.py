@@ -278,10 +278,10 @@ def mean_of(values, size, largest, temperature, TILE: tl.constexpr):
 
 
 @triton.jit
-def drop(values, size, limit, missing, least_x, largest, temperature, mean, stage, TILE: tl.constexpr):
+def drop(values, size, limit, missing, least, largest, temperature, mean, stage, TILE: tl.constexpr):
     """Makes −∞ of what a filter drops: scores under a limit, and those at it once the ones before hold ``missing``.
 
-    ``least_x`` is the least scaled value that may stay. Returns what is kept weighs.
+    ``least`` is the least weight that may stay. Returns what is kept weighs.
     """
     held = int64(0)
     total = int64(0)
@@ -290,7 +290,7 @@ def drop(values, size, limit, missing, least_x, largest, temperature, mean, stag
         score = scored(x, value, weight, mean, stage)
         tied = tl.where(score == limit, weight, 0)
         before = held + tl.cumsum(tied, 0) - tied
-        is_kept = ((score > limit) | ((score == limit) & (before < missing))) & (x >= least_x)
+        is_kept = ((score > limit) | ((score == limit) & (before < missing))) & (weight >= least)
         tl.store(values + at, tl.where(is_kept, value, float("-inf")), mask=at < size)
         held += tl.sum(tied, 0)
         total += tl.sum(tl.where(is_kept, weight, 0), 0)
@@ -367,9 +367,9 @@ def filtered(
             limit, above = boundary(values, size, needed, largest, temperature, mean, stage, TILE)
             if stage != TOP_K:
                 missing = needed - above
-        least_x = tl.where(stage == TOP_P, log_min_p, float("-inf"))
-        if is_on | (least_x > float("-inf")):
-            total = drop(values, size, limit, missing, least_x, largest, temperature, mean, stage, TILE)
+        least = tl.where(stage == TOP_P, fixed(tl.exp(log_min_p)), 0)
+        if is_on | (least > 0):
+            total = drop(values, size, limit, missing, least, largest, temperature, mean, stage, TILE)
     return total
 
 
