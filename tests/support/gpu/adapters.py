@@ -54,7 +54,7 @@ class Served:
         self.slots._memory.fill_(0xFF)  # NaN, whatever it is taken for
         self.layout = self.slots.layout
         self.torch: dict[int, TorchAdapter] = {}
-        oracle = TorchAdapterSlots(torch.bfloat16, device)
+        oracle = TorchAdapterSlots(torch.bfloat16)
         for slot, deltas in enumerate(adapters, start=1):
             lowered = LoweredAdapter(str(slot), tuple(deltas), vocab_size=(vocab_sizes or {}).get(slot))
             self.slots.place(slot, self.slots.pack(lowered))

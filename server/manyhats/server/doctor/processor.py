@@ -92,6 +92,10 @@ def look_at_device(config: ServeConfig, find: Callable[[], GpuReport] | None = N
             "device", f"{device}; {gpu.name}, {size}, compute capability {'.'.join(map(str, gpu.capability))}"
         )
     elif not gpu.problem:
-        yield warning("device", f"{device}; {gpu.name} is not used", "give --device cuda, which has not been tried on a GPU yet: docs/gpu.md")
+        yield warning(
+            "device",
+            f"{device}; {gpu.name} is not used",
+            "give --device cuda, which has not been tried on a GPU yet: docs/gpu.md",
+        )
     else:
         yield ok("device", f"{device}; {gpu.problem}")
