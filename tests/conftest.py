@@ -12,6 +12,9 @@ from manyhats.engine.threads.openmp import sleep_soon
 from support.servers.postgres import PostgresServer
 from support.servers.s3 import Bucket, S3Server
 
+if os.environ.get("MANYHATS_DEVICE", "cpu") == "cpu":
+    # Before any test imports Triton, as libraries do that find it: its own functions are interpreted or compiled, too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
 settings.register_profile("untimed", deadline=None)  # how long an example takes depends on what else runs
 settings.load_profile("untimed")

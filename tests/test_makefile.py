@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-# Imported only where they are asked for, as object stores and databases, which have extras of their own; or never.
-OPTIONAL = {"opentelemetry", "s3fs", "gcsfs", "psycopg", "ray", "tensorboard", "_typeshed"}
+# Imported only where they are asked for, as object stores and databases, which have extras of their own, and Triton,
+# which builds of torch for CUDA bring; or never.
+OPTIONAL = {"opentelemetry", "s3fs", "gcsfs", "psycopg", "ray", "tensorboard", "triton", "_typeshed"}
 DEVELOPERS_TOOLS = {
     "mypy",
     "ruff",

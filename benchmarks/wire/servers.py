@@ -116,6 +116,7 @@ class FreeBackend:
     """A backend, and its model, that compute nothing in the time that a pace says."""
 
     name = "free"
+    has_own_memory = False
     num_bytes: Mapping[str, int] = {}
 
     def __init__(self, pace: Pace) -> None:
@@ -126,7 +127,7 @@ class FreeBackend:
         self.architecture = architecture
         return self
 
-    def new_cache(self, architecture: Any, block_size: int, dtype: str, num_bytes: int) -> _FreeCache:
+    def new_cache(self, architecture: Any, block_size: int, dtype: str, num_bytes: int | None) -> _FreeCache:
         return _FreeCache(1024, block_size)
 
     def new_adapters(self, architecture: Any, num_slots: int, dtype: str) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,26 @@ def test_the_kernels_multiply_plain_nested_and_dense_parts_side_by_side(rows: in
     torch.testing.assert_close(together.double(), expected, atol=1e-4, rtol=1e-5)
     alone = torch.cat([kernels.linear(x[i : i + 1], kernels.pack(parts)) for i in range(rows)])
     assert torch.equal(together, alone)
+
+
+def test_the_kernels_multiply_parts_whose_absmaxes_have_different_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (quantize_nf4(torch.randn(16, 128, generator=generator)) for _ in range(2))
+    second = replace(second, nested_code=second.nested_code * 0.5)
+    x = torch.randn(3, 128, generator=generator)
+    kernels = CpuKernels(num_threads=1)
+    expected = x.double() @ torch.cat([each.dequantize() for each in (first, second)]).double().T
+    found = kernels.linear(x, kernels.pack([Linear(first), Linear(second)]))
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_codes_that_are_not_nf4s_are_refused_and_served_dequantized() -> None:
+    tensors = nf4_to_tensors("w", quantize_nf4(torch.ones(2, 128)), torch.float32)
+    other = tensors["w.quant_map"].square()
+    read = read_quantized("w", tensors | {"w.quant_map": other}, (2, 128))
+    with pytest.raises(ModelError, match=r"^w: its quant_map is not NF4's; --quantization none serves it"):
+        read.nf4()
+    assert torch.equal(read.dequantize(), torch.full((2, 128), float(read.dequantize()[0, 0])))
 
 
 def test_rows_of_a_matrix_with_plain_absmaxes_can_be_cut_anywhere() -> None:

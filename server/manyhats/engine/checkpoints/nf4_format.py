@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight, nested_scales, unpacked
+from manyhats.engine.model.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4_CODE,
+    Nf4Weight,
+    nested_scales,
+    unpacked,
+)
 
+_CODE_ERROR = 1e-6
+"""By which codes may differ from NF4's, which the kernels know."""
 _PLAIN = ("absmax", "quant_map")
 _NESTED = ("nested_absmax", "nested_quant_map")
 _STATE = "quant_state.bitsandbytes__nf4"
@@ -100,7 +109,7 @@ class FourBitMatrix:
         """The matrix as the kernels need it: blocks of 64, each within one row.
 
         Raises:
-            ModelError: it is not NF4, has smaller blocks, or rows that are not a multiple of 64.
+            ModelError: it is not NF4 or has other codes, has smaller blocks, or rows that are not a multiple of 64.
         """
         if self.quant_type != "nf4":
             raise ModelError(f"{self.name}: is {self.quant_type}; --quantization none serves it, dequantized")
@@ -108,6 +117,10 @@ class FourBitMatrix:
             raise ModelError(
                 f"{self.name}: has blocks of {self.block_size} values in rows of {self.shape[1]}; NF4 is served in "
                 f"multiples of {BLOCK_SIZE}; --quantization none serves it, dequantized"
+            )
+        if not torch.allclose(self.code, torch.tensor(NF4_CODE), rtol=0.0, atol=_CODE_ERROR):
+            raise ModelError(
+                f"{self.name}: its quant_map is not NF4's; --quantization none serves it, dequantized"
             )
         is_usual = (self.block_size, self.nested_block_size) == (BLOCK_SIZE, NESTED_BLOCK_SIZE)
         if is_usual and self.nested_absmax is not None and self.nested_code is not None:

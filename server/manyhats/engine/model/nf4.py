@@ -20,6 +20,25 @@ from manyhats.engine.errors import ModelError
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The values of the 16 codes (Dettmers et al. 2023, appendix E)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +50,7 @@ class Nf4Weight:
         absmax: uint8 [num_blocks], codes into ``nested_code``; or float32, the absmaxes as they are.
         nested_absmax: float32 [⌈num_blocks / 256⌉]; empty for plain absmaxes.
         offset: the mean of the absmaxes, a float32 value; 0 for plain ones.
-        code: float32 [16].
+        code: float32 [16], ``NF4_CODE``.
         nested_code: float32 [256]; empty for plain absmaxes.
         shape: (out, in).
 

@@ -155,10 +155,13 @@ class Scheduler:
             self._check_deadline(task, deadline_s)
 
     def _check_deadline(self, task: str, deadline_s: float) -> None:
-        """Refuse what is likely to be given up half-way, so that what is begun is answered."""
+        """Refuse what is likely to be given up half-way, so that what is begun is answered.
+
+        What is late already is not refused for others' sake; it ends by its deadline.
+        """
         num_ahead, left_s = self._queue.num_ahead(task), deadline_s - self._clock()
         needed_s = _CAUTION * (self._pace.answer_s(len(self._running), num_ahead) or 0.0)
-        if needed_s > left_s:
+        if needed_s > left_s > 0:
             limit, wait_s = self.config.max_waiting, self.rate.wait_s(num_ahead)
             raise QueueTooSlowError(limit, wait_s, num_ahead, needed_s, left_s)
 

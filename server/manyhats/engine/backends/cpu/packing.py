@@ -214,7 +214,8 @@ def _zeros(size: int) -> Array:
 
 
 def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
-    if not all(weight.is_nested for weight in weights):
+    first_code = weights[0].nested_code
+    if not all(weight.is_nested and torch.equal(weight.nested_code, first_code) for weight in weights):
         return _pack_plain(weights, in_features, out_features, bias)
     per_row = in_features // BLOCK_SIZE
     absmax: list[Array] = []
@@ -242,12 +243,12 @@ def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int,
         row_block=np.concatenate(row_block).astype(np.int32),
         row_offset=np.concatenate(offsets),
         nested=np.concatenate(nested),
-        nested_code=weights[0].nested_code.numpy(),
+        nested_code=first_code.numpy(),
     )
 
 
 def _pack_plain(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
-    """NF4 whose absmaxes are float32; those of parts that quantize theirs are dequantized, which is exact."""
+    """NF4 whose absmaxes are float32, or quantized by different codes; quantized ones are dequantized: exact."""
     empty = np.empty(0, dtype=np.float32)
     return CpuLinear(
         kind=col.PLAIN_NF4,

@@ -19,6 +19,8 @@ from numba.core.datamodel import models
 from numba.core.errors import TypingError
 from numba.core.extending import intrinsic, register_model
 
+from manyhats.engine.model.nf4 import NF4_CODE
+
 LANES = 8
 
 _F32 = ir.FloatType()
@@ -449,28 +451,7 @@ def erf(typingctx, value):
     return value(value), codegen
 
 
-# The 16 values of the NF4 data type (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
-NF4_VALUES = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    dtype=np.float32,
-)
+NF4_VALUES = np.array(NF4_CODE, dtype=np.float32)
 
 
 @intrinsic
