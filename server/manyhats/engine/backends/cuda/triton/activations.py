@@ -6,6 +6,24 @@ Functions are those of ``manyhats.adapters.activations``, by the same names, in 
 import triton
 import triton.language as tl
 
+from manyhats.engine.backends.cuda.record import ACTIVATIONS
+
+RELU = tl.constexpr(ACTIVATIONS.index("relu"))
+GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_pytorch_tanh"))
+SILU = tl.constexpr(ACTIVATIONS.index("silu"))
+TANH = tl.constexpr(ACTIVATIONS.index("tanh"))
+SIGMOID = tl.constexpr(ACTIVATIONS.index("sigmoid"))
+LEAKY_RELU = tl.constexpr(ACTIVATIONS.index("leaky_relu"))
+QUICK_GELU = tl.constexpr(ACTIVATIONS.index("quick_gelu"))
+MISH = tl.constexpr(ACTIVATIONS.index("mish"))
+RELU6 = tl.constexpr(ACTIVATIONS.index("relu6"))
+RELU2 = tl.constexpr(ACTIVATIONS.index("relu2"))
+HARDSWISH = tl.constexpr(ACTIVATIONS.index("hardswish"))
+LAPLACE = tl.constexpr(ACTIVATIONS.index("laplace"))
+GELU_10 = tl.constexpr(ACTIVATIONS.index("gelu_10"))
+SQRT_SOFTPLUS = tl.constexpr(ACTIVATIONS.index("sqrtsoftplus"))
+
 
 @triton.jit
 def _relu(x):
@@ -89,6 +107,42 @@ def activated(x, NAME: tl.constexpr):
     else:
         tl.static_assert(False, "not an activation that is known")
     return y
+
+
+@triton.jit
+def activated_by(kind, x):
+    """The activation of index ``kind`` in a record, which is read on the device: the same for a whole tile."""
+    if kind == RELU:
+        x = activated(x, "relu")
+    elif kind == GELU:
+        x = activated(x, "gelu")
+    elif kind == GELU_TANH:
+        x = activated(x, "gelu_pytorch_tanh")
+    elif kind == SILU:
+        x = activated(x, "silu")
+    elif kind == TANH:
+        x = activated(x, "tanh")
+    elif kind == SIGMOID:
+        x = activated(x, "sigmoid")
+    elif kind == LEAKY_RELU:
+        x = activated(x, "leaky_relu")
+    elif kind == QUICK_GELU:
+        x = activated(x, "quick_gelu")
+    elif kind == MISH:
+        x = activated(x, "mish")
+    elif kind == RELU6:
+        x = activated(x, "relu6")
+    elif kind == RELU2:
+        x = activated(x, "relu2")
+    elif kind == HARDSWISH:
+        x = activated(x, "hardswish")
+    elif kind == LAPLACE:
+        x = activated(x, "laplace")
+    elif kind == GELU_10:
+        x = activated(x, "gelu_10")
+    elif kind == SQRT_SOFTPLUS:
+        x = activated(x, "sqrtsoftplus")
+    return x
 
 
 @triton.jit

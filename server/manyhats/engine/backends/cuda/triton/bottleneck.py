@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from manyhats.engine.backends.cuda.record import BottleneckWord, Source, StreamNorm
-from manyhats.engine.backends.cuda.triton.activate import activate
+from manyhats.engine.backends.cuda.triton.activations import activated_by
 from manyhats.engine.backends.cuda.triton.deltas import (
     VARYING,
     integer,
@@ -170,7 +170,7 @@ def widen(
             for r0 in range(0, size, BR):
                 r = r0 + tl.arange(0, BR)
                 T = shrunk(t, place, 0, r, i < count, T_ROWS, SIZES, 1, SPLITS)
-                T = activate(activation, T + tl.load(vector(entry + DOWN_BIAS) + r)[None, :])
+                T = activated_by(activation, T + tl.load(vector(entry + DOWN_BIAS) + r)[None, :])
                 W = tl.load(
                     up + r[:, None] * stride + c[None, :],
                     mask=(r < size)[:, None] & (c < D)[None, :],
