@@ -256,7 +256,7 @@ def test_flags_win_over_the_settings_file(trained: list[Any], in_directory: Path
         ("lora --task t --data d --rank-pattern q_proj", "--rank-pattern must be NAME=NUMBER"),
         (
             "lora --task t --data d --rank-pattern q_proj=x",
-            "--rank-pattern.q_proj: input should be a valid integer",
+            "--rank-pattern.q_proj: must be a whole number",
         ),
         ("qlora --task t --data d --quantization none", "--quantization: qlora needs nf4"),
         ("prompt --task t --data d --init text", "--init-text: must be given"),
