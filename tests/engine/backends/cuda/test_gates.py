@@ -88,7 +88,7 @@ def changed(
 ) -> tuple[Tensor, PrefixGates | None]:
     row_slots, starts = rows_of(texts)
     step, found = served.step(row_slots, slack=slack, starts=starts), y.clone()
-    place, work = served.layout.group(LAYER, "qkv"), served.workspace(step.max_rows)
+    place, work = served.layout.group(LAYER, "qkv"), served.workspace(len(row_slots) + slack)
     with no_sync():
         gates = find_gates(step, place, x, work)
         deltas.change_outputs(step, place, x, found, work)
@@ -135,7 +135,7 @@ def test_a_bottleneck_is_changed_by_the_gate_of_what_it_reads(served: Served) ->
     with no_sync():
         step = served.step(row_slots, starts=starts)
         bottlenecks.change_output(
-            step, served.layout.place(SUBLAYER), r, found, served.workspace(step.max_rows)
+            step, served.layout.place(SUBLAYER), r, found, served.workspace(len(row_slots))
         )
     right = sublayer_of(served, SUBLAYER, row_slots, r, m, starts=starts)
     for slot in (1, 2):

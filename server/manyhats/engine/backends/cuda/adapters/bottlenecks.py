@@ -70,7 +70,8 @@ def change_output(
     )  # fmt: skip
     if has_gates:
         close_gates(step, place.word + BottleneckWord.GATE, 1, work)
-    shrink(step, work.read[: step.max_rows * place.size].view(-1, place.size), work.inside, place.word, 1, size, gathers=False)
+    x = work.read[: step.max_rows * place.size].view(-1, place.size)
+    shrink(step, x, work.inside, place.word, 1, size, gathers=False)
     bottleneck.widen[step.max_segments, -(-place.size // _OUTPUT_TILE)](
         work.inside, work.found, work.gates, within, step.segments, step.num_segments, step.records, *where,
         step.max_rows, tiles * RANK_TILE, SPLITS=split_of(place.size)[0], HAS_GATES=has_gates, HAS_ENDS=has_ends,
