@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhats.engine.backends.backend import Pending
 from manyhats.engine.backends.choosing import Chooser
 from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.wants import Array, Choices, Outcome, Targets, Token, TokenLogprob, Wants
@@ -112,6 +113,18 @@ class Vocabularies:
         for group, found in zip(groups, outcomes[1:], strict=True):
             bad |= {int(group.rows[row]) for row in found.bad_rows}
         return frozenset(bad)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingParts:
+    """``Pending`` of several vocabularies; ``parts`` are those of ``vocabularies.wants``."""
+
+    vocabularies: Vocabularies
+    parts: Sequence[Pending]
+
+    def result(self) -> Outcome:
+        """Wait, and put them together."""
+        return self.vocabularies.joined([part.result() for part in self.parts])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

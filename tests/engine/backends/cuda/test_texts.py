@@ -16,7 +16,7 @@ from support.gpu.interpreter import DEVICE  # isort: skip
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, TextEnds
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters import bottlenecks
-from manyhats.engine.backends.cuda.adapters.texts import texts_of
+from manyhats.engine.backends.cuda.adapters.texts import arrays_of_texts
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.architecture import COUPLINGS, Architecture, Norm
 from support.gpu.adapters import Served, normal, odd_architecture, off, sublayer_of
@@ -30,7 +30,8 @@ def test_every_row_is_found_in_its_text(texts: list[tuple[int, int]]) -> None:
     sizes = np.array([size for _, size in texts])
     starts, row_slots = np.append(0, sizes.cumsum()), np.repeat([slot for slot, _ in texts], sizes)
     rows = AdapterRows.of(row_slots.astype(np.int32))
-    items, within = texts_of(starts.astype(np.int32), rows)
+    found = arrays_of_texts(starts.astype(np.int32), rows)
+    items, within = found["items"], found["within"]
     for (slot, first, size), (own, _), start in zip(items.tolist(), texts, starts.tolist(), strict=False):
         assert slot == own
         if slot == 0:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.segments import segments_of
-from manyhats.engine.backends.cuda.adapters.texts import Texts
+from manyhats.engine.backends.cuda.adapters.texts import Texts, arrays_of_texts
 from manyhats.engine.backends.cuda.record import EXPERT_MEMBERS, GATES
-from manyhats.engine.backends.plan import AdapterRows, Ints
+from manyhats.engine.backends.plan import AdapterRows, Ints, int32
 
 RANK_TILE = 16
 """Ranks that a program takes together."""
@@ -113,23 +113,27 @@ class StepAdapters:
         cls, rows: AdapterRows, records: Tensor, acting: Acting, starts: Ints | None = None
     ) -> StepAdapters:
         """Exactly these rows, and the texts whose first rows are given, copied to the records' device."""
-        segments = segments_of(rows)
-        counts = np.array((rows.rows.size, len(segments)), np.int32)
-        placed = (
-            torch.from_numpy(each).to(records.device) for each in (rows.rows, rows.slots, segments, counts)
-        )
-        on_device, slots, cut, numbers = placed
-        return cls(
+        arrays = arrays_of(rows, starts)
+        return cls.placed(
+            {name: torch.from_numpy(each).to(records.device) for name, each in arrays.items()},
             records,
-            on_device,
-            slots,
-            cut,
-            numbers[:1],
-            numbers[1:],
-            max_rows=rows.rows.size,
-            max_segments=len(segments),
+            acting,
+        )
+
+    @classmethod
+    def placed(cls, there: Mapping[str, Tensor], records: Tensor, acting: Acting) -> StepAdapters:
+        """What ``arrays_of`` gives, on the device; the grids are for all that there is room for."""
+        return cls(
+            records=records,
+            rows=there["rows"],
+            slots=there["slots"],
+            segments=there["segments"],
+            num_rows=there["num_rows"],
+            num_segments=there["num_segments"],
+            max_rows=there["rows"].shape[0],
+            max_segments=there["segments"].shape[0],
             acting=acting,
-            texts=None if starts is None else Texts.of(starts, rows, records.device),
+            texts=Texts.placed(there) if "starts" in there else None,
         )
 
     @property
@@ -143,6 +147,19 @@ class StepAdapters:
             return self.rows, False
         assert self.texts is not None, "the ends of texts are known in an encoder's step"
         return self.texts.within, True
+
+
+def arrays_of(rows: AdapterRows, starts: Ints | None = None) -> dict[str, Ints]:
+    """Rows with adapters as ``StepAdapters`` names them, and as ``Texts`` does where each text's first row is given."""
+    segments = segments_of(rows)
+    texts = {} if starts is None else arrays_of_texts(starts, rows)
+    return texts | {
+        "rows": rows.rows,
+        "slots": rows.slots,
+        "segments": segments,
+        "num_rows": int32([rows.rows.size]),
+        "num_segments": int32([len(segments)]),
+    }
 
 
 def rank_tiles(rank: int) -> int:

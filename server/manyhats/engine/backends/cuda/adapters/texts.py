@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from manyhats.engine.backends.plan import AdapterRows, Ints, int32
@@ -30,19 +30,22 @@ class Texts:
     max_texts: int
 
     @classmethod
-    def of(cls, starts: Ints, rows: AdapterRows, device: torch.device) -> Texts:
-        """Exactly these texts, copied to a device."""
-        items, within = texts_of(starts, rows)
-        arrays = int32(starts), items, within, int32([len(items)])
-        first, cut, places, count = (torch.from_numpy(each).to(device) for each in arrays)
-        return cls(first, cut, places, count, max_texts=len(items))
+    def placed(cls, there: Mapping[str, Tensor]) -> Texts:
+        """What ``arrays_of_texts`` gives, on the device."""
+        return cls(
+            starts=there["starts"],
+            items=there["items"],
+            within=there["within"],
+            num_texts=there["num_texts"],
+            max_texts=there["items"].shape[0],
+        )
 
 
-def texts_of(starts: Ints, rows: AdapterRows) -> tuple[Ints, Ints]:
-    """``items`` and ``within`` of ``Texts``.
+def arrays_of_texts(starts: Ints, rows: AdapterRows) -> dict[str, Ints]:
+    """The texts of a step as ``Texts`` names what it has of them.
 
     Args:
-        starts: [B + 1], each text's first row.
+        starts: [B + 1] int32, each text's first row.
         rows: with an adapter; those of one text have the same one.
     """
     sizes = np.diff(starts)
@@ -51,5 +54,9 @@ def texts_of(starts: Ints, rows: AdapterRows) -> tuple[Ints, Ints]:
     first = place_of[starts[:-1]]
     slots = np.append(rows.slots, 0)[first]  # the last one of texts without an adapter
     text = np.searchsorted(starts, rows.rows, side="right") - 1
-    within = np.stack((rows.rows - starts[text], sizes[text]), axis=1)
-    return int32(np.stack((slots, first, sizes), axis=1)), int32(within)
+    return {
+        "starts": starts,
+        "items": int32(np.stack((slots, first, sizes), axis=1)),
+        "within": int32(np.stack((rows.rows - starts[text], sizes[text]), axis=1)),
+        "num_texts": int32([sizes.size]),
+    }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.own_logits import OwnRows, Vocabularies
+from manyhats.engine.backends.own_logits import OwnRows, PendingParts, Vocabularies
 from manyhats.engine.backends.torch.batched.choosing import chosen
 from manyhats.engine.backends.torch.batched.logprobs import logprobs_of
 from manyhats.engine.backends.torch.upload import uploaded_ints
@@ -96,18 +96,6 @@ class PendingOutcome:
                 values.tolist(), ranks.tolist(), top_ids, top, counts.tolist(), strict=True
             )
         ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PendingParts:
-    """Outcomes of several vocabularies."""
-
-    vocabularies: Vocabularies
-    parts: Sequence[PendingOutcome]
-
-    def result(self) -> Outcome:
-        """Wait, and put them together."""
-        return self.vocabularies.joined([part.result() for part in self.parts])
 
 
 def _launched(values: Tensor, hidden: Tensor, wants: Wants) -> PendingOutcome:

@@ -1,0 +1,80 @@
+"""Triton's kernels as a backend: a row's bits depend on that row alone."""
+
+from __future__ import annotations
+
+import torch
+
+from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
+from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
+from manyhats.engine.backends.cuda.cache import CudaKVCache
+from manyhats.engine.backends.cuda.model import CudaModel, Device
+from manyhats.engine.backends.dtypes import block_bytes
+from manyhats.engine.backends.limits import Limits
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.weights import Weights
+from manyhats.engine.progress import Progress, no_progress
+
+LARGEST = LargestSizes(rank=1024, bottleneck=2048)
+"""What adapters may have at most; four of the largest rank that a server takes by default, stacked."""
+_CPU = Device(torch.device("cpu"), sm=90, num_processors=1)
+
+
+class CudaBackend:
+    """``Backend`` by Triton's kernels; on the CPU, which tests use, these run in Triton's interpreter.
+
+    Args:
+        device: ``cuda``, or ``cpu``.
+        limits: of the engine.
+    """
+
+    def __init__(self, device: str, limits: Limits) -> None:
+        self._device = _CPU if device == "cpu" else _found(torch.device(device))
+        self._limits = limits
+
+    @property
+    def name(self) -> str:
+        """``cuda``."""
+        return "cuda"
+
+    @property
+    def has_own_memory(self) -> bool:
+        """A GPU has."""
+        return True
+
+    def prepare(
+        self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
+    ) -> CudaModel:
+        """Packs the weights, and allocates what steps work in."""
+        return CudaModel(architecture, weights, self._device, self._limits, LARGEST)
+
+    def new_cache(
+        self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int | None
+    ) -> CudaKVCache:
+        """An empty cache of bfloat16, whose spare block comes on top."""
+        if dtype != "bfloat16":
+            raise ModelError(
+                f"CUDA's kernels keep keys and values in bfloat16, not {dtype}; give --kv-cache-dtype bfloat16, "
+                "or --invariance fast"
+            )
+        if num_bytes is None:
+            raise ModelError("the KV cache needs a size")
+        num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
+        return CudaKVCache(architecture, num_blocks, block_size, self._device.torch)
+
+    def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> CudaAdapterSlots:
+        """Empty slots, of adapters in bfloat16, and the device's memory for these."""
+        return CudaAdapterSlots(
+            architecture, num_slots, self._limits.adapter_bytes, LARGEST, self._device.torch
+        )
+
+    def start_thread(self) -> None:
+        """Nothing to prepare."""
+
+    def leave_processors(self, count: int) -> None:
+        """Does nothing."""
+
+
+def _found(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(device, 10 * properties.major + properties.minor, properties.multi_processor_count)

@@ -1,0 +1,185 @@
+"""A step's plan as the kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
+from manyhats.engine.backends.cuda.adapters.step import StepAdapters, arrays_of
+from manyhats.engine.backends.cuda.attention import WorkOnDevice
+from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
+from manyhats.engine.backends.cuda.upload import Uploads
+from manyhats.engine.backends.plan import AdapterRows, StepPlan, int32
+from manyhats.engine.backends.wants import Array
+from manyhats.engine.model.architecture import Architecture, Attention
+
+Sees = tuple[int | None, bool]
+"""What an attention's rows see: the window, and whether what follows, too. Layers of one kind share their work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """How the device goes through a step's attention.
+
+    Attributes:
+        tiling: how it is cut.
+        num: programs that walk the items at the same time.
+        max_slots: parts that there is room for.
+    """
+
+    tiling: Tiling
+    num: int
+    max_slots: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnVocabulary:
+    """Logit rows of one task that has a vocabulary of its own.
+
+    Attributes:
+        rows: [m] int64, which of the step's logit rows they are.
+        index: the same on the device, int32.
+        size: of the vocabulary.
+        adapters: what their adapter does, with rows 0 … m − 1.
+    """
+
+    rows: Array
+    index: Tensor
+    size: int
+    adapters: StepAdapters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Attributes as ``StepPlan`` has them, int32 on the device, ``cells`` int64.
+
+    Attributes:
+        work: of the attention, by what its rows see.
+        adapters: of all rows.
+        head_adapters: of the logit rows that choose among the base's tokens.
+        own: the other logit rows.
+        entering: rows that enter as values, and these.
+        normed: the same behind the norm of the embeddings.
+        copies: [C, 2]. num_copies: [1].
+    """
+
+    num_rows: int
+    token_ids: Tensor
+    positions: Tensor
+    cells: Tensor
+    tables: Tensor
+    logit_rows: Tensor
+    hidden_rows: Tensor
+    token_types: Tensor
+    work: Mapping[Sees, WorkOnDevice]
+    adapters: StepAdapters
+    head_adapters: StepAdapters
+    own: Sequence[OwnVocabulary]
+    entering: tuple[Tensor, Tensor] | None
+    normed: tuple[Tensor, Tensor] | None
+    copies: Tensor
+    num_copies: Tensor
+
+
+def sees(attention: Attention) -> Sees:
+    """What the rows of a layer see."""
+    return attention.window, attention.sees_all
+
+
+def batch_of(
+    plan: StepPlan, architecture: Architecture, lanes: Lanes, slots: CudaAdapterSlots, uploads: Uploads
+) -> Batch:
+    """Sends a plan to the device."""
+    kinds = {sees(block.attention): block.attention for block in architecture.blocks}
+    head_rows, own = slots.by_vocabulary(AdapterRows.of(plan.row_slots[plan.logit_rows]))
+    groups = {"adapters": AdapterRows.of(plan.row_slots), "head": head_rows}
+    groups |= {f"own{index}": _renumbered(each) for index, (each, _) in enumerate(own)}
+    arrays = _of_plan(plan)
+    for kind, attention in kinds.items():
+        arrays |= _named(
+            f"work{kind}", _work(work_of(plan, attention, lanes.tiling, lanes.num, lanes.max_slots))
+        )
+    for name, rows in groups.items():
+        arrays |= _named(name, arrays_of(rows))
+    for index, (each, _) in enumerate(own):
+        arrays[f"index{index}"] = each.rows
+    there = uploads.send(arrays)
+    adapters = {
+        name: StepAdapters.placed(_under(there, name), slots.records, slots.acting(rows))
+        for name, rows in groups.items()
+    }
+    return Batch(
+        num_rows=plan.num_rows,
+        **{name: there[name] for name in _PLAIN},
+        work={kind: WorkOnDevice(**_under(there, f"work{kind}")) for kind in kinds},
+        adapters=adapters["adapters"],
+        head_adapters=adapters["head"],
+        own=[
+            OwnVocabulary(each.rows.astype(np.int64), there[f"index{index}"], size, adapters[f"own{index}"])
+            for index, (each, size) in enumerate(own)
+        ],
+        entering=_values(there, "entering"),
+        normed=_values(there, "normed"),
+    )
+
+
+_PLAIN = (
+    "token_ids",
+    "positions",
+    "cells",
+    "tables",
+    "logit_rows",
+    "hidden_rows",
+    "token_types",
+    "copies",
+    "num_copies",
+)
+
+
+def _of_plan(plan: StepPlan) -> dict[str, Array]:
+    arrays: dict[str, Array] = {
+        "token_ids": plan.token_ids,
+        "positions": plan.positions,
+        "cells": plan.cells,
+        "tables": plan.block_tables,
+        "logit_rows": plan.logit_rows,
+        "hidden_rows": plan.hidden_rows,
+        "token_types": plan.token_types,
+        "copies": int32(plan.block_copies).reshape(-1, 2),
+        "num_copies": int32([len(plan.block_copies)]),
+    }
+    for name, values in (("entering", plan.embeddings), ("normed", plan.normed)):
+        if values is not None:
+            arrays |= {f"{name}.rows": values[0], f"{name}.values": values[1]}
+    return arrays
+
+
+def _values(there: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
+    return (there[f"{name}.rows"], there[f"{name}.values"]) if f"{name}.rows" in there else None
+
+
+def _work(work: Work) -> dict[str, Array]:
+    return {
+        "items": work.items,
+        "num_items": int32([len(work.items)]),
+        "merges": work.merges,
+        "num_merges": int32([len(work.merges)]),
+    }
+
+
+def _named(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{name}.{each}": array for each, array in arrays.items()}
+
+
+def _under(there: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What ``_named`` has named."""
+    return {each.removeprefix(f"{name}."): there[each] for each in there if each.startswith(f"{name}.")}
+
+
+def _renumbered(rows: AdapterRows) -> AdapterRows:
+    """The same adapters of rows from 0 on."""
+    return AdapterRows(np.arange(rows.rows.size, dtype=np.int32), rows.slots, rows.num_adapters)

@@ -1,0 +1,103 @@
+"""A step's numbers on their way to the device: arrays end to end in pinned memory, and one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhats.engine.backends.cuda.exchange import HostBytes, grown
+from manyhats.engine.backends.cuda.wanted import Field, fields_of
+from manyhats.engine.backends.wants import Array
+
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}
+
+
+class Uploads:
+    """Sends one step after another through one buffer on the device.
+
+    A step's numbers are valid until the next one's are sent, which the device does after everything launched before.
+
+    Args:
+        device: where they go.
+        room: bytes to begin with.
+    """
+
+    def __init__(self, device: torch.device, room: int = 1 << 16) -> None:
+        self._device = device
+        self._room = room
+        self._there = torch.empty(room, dtype=torch.uint8, device=device)
+        self._sent: list[_Sent] = []
+
+    def send(
+        self, arrays: Mapping[str, Array], room: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Tensor]:
+        """Launch the copy of some arrays; what they are on the device.
+
+        Args:
+            arrays: int32, int64 or float32.
+            room: larger shapes that some take there; what they do not fill is 0.
+        """
+        shapes = {name: (room or {}).get(name, array.shape) for name, array in arrays.items()}
+        fields = dict(
+            zip(
+                arrays,
+                fields_of([(shapes[name], array.dtype) for name, array in arrays.items()]),
+                strict=True,
+            )
+        )
+        num_bytes = max((field.end for field in fields.values()), default=0)
+        sent = self._free()
+        sent.host.make_room(num_bytes)
+        for name, array in arrays.items():
+            _write(fields[name].of(sent.host.array), array)
+        if len(self._there) < num_bytes:
+            self._there = self._there.new_empty(grown(num_bytes))
+        self._there[:num_bytes].copy_(sent.host.tensor[:num_bytes], non_blocking=True)
+        sent.record()
+        return {name: self._view(field) for name, field in fields.items()}
+
+    def _view(self, field: Field) -> Tensor:
+        return self._there[field.place : field.end].view(_DTYPES[field.dtype]).view(field.shape)
+
+    def _free(self) -> _Sent:
+        """Pinned memory that no copy still reads."""
+        found = next((sent for sent in self._sent if sent.is_free), None)
+        if found is None:
+            found = _Sent(self._device, self._room)
+            self._sent.append(found)
+        return found
+
+
+class _Sent:
+    """Pinned memory, and the event behind the last copy from it."""
+
+    def __init__(self, device: torch.device, room: int) -> None:
+        is_cuda = device.type == "cuda"
+        self.host = HostBytes(is_cuda, room)
+        self._event = torch.cuda.Event() if is_cuda else None
+
+    @property
+    def is_free(self) -> bool:
+        """Asked without waiting."""
+        return self._event is None or self._event.query()
+
+    def record(self) -> None:
+        """Note that a copy is launched."""
+        if self._event is not None:
+            self._event.record()
+
+
+def _write(to: Array, array: Array) -> None:
+    """An array at the beginning of one of the same dimensions, and zeros behind."""
+    if to.shape == array.shape:
+        to[...] = array
+        return
+    to.fill(0)
+    to[tuple(slice(0, size) for size in array.shape)] = array
