@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class Workspace:
             scaled=empty(num_scaled * max(group.d_in for group in groups), dtype=torch.bfloat16),
             outputs=empty(num_scaled * max(group.d_out for group in groups)),
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
 def _num_inside(layout: RecordLayout, largest: LargestSizes) -> int:
