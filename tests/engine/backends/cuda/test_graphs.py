@@ -18,6 +18,7 @@ from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.backends.wants import NO_TARGETS, Wants
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.progress import no_progress
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -114,6 +115,16 @@ def test_a_plan_may_name_tokens_of_the_step_before(model: LoadedModel, records: 
         outcome = prepared.forward(decode_plan(ids, 1), cache, slots).finish(wants([0, 1])).result()
         found.append(outcome.whole)
     np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_decode_steps_of_the_base_are_recorded_at_the_start(model: LoadedModel) -> None:
+    recorder, limits = Recorder(), replace(LIMITS, max_rows=3, max_sequences=3)
+    backend = CudaBackend(DEVICE, limits, recorder)
+    prepared = backend.prepare(model.architecture, model.weights)
+    cache = backend.new_cache(model.architecture, 16, "bfloat16", 1 << 16)
+    slots = backend.new_adapters(model.architecture, 2, "bfloat16")
+    prepared.warm_up(cache, slots, 1, no_progress)
+    assert len(recorder.graphs) == 2, "of one row and of two: four do not fit a step"
 
 
 def test_what_cannot_be_recorded_goes_on_being_launched() -> None:

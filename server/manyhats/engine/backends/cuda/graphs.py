@@ -6,15 +6,17 @@ step's are in no work, and write to a block that no sequence has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import structlog
 import torch
 
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.segments import most_segments
+from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import StepPlan
 
 ROWS = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 512, 32), 512)
@@ -100,6 +102,27 @@ class Shape:
         }
 
 
+def decode_rows(limits: Limits) -> Sequence[int]:
+    """The numbers of rows that steps of one token a sequence are recorded for at the start, the largest first."""
+    most = _bucket(limits.max_sequences) or ROWS[-1]
+    return [rows for rows in reversed(ROWS) if rows <= min(most, limits.max_rows)]
+
+
+def decode_plan(num_rows: int) -> StepPlan:
+    """A token of each of some sequences of the base model, all in the first cell of an empty cache."""
+    zeros = np.zeros(num_rows, np.int32)
+    return StepPlan(
+        token_ids=zeros,
+        positions=zeros,
+        cells=zeros.astype(np.int64),
+        query_start=np.arange(num_rows + 1, dtype=np.int32),
+        context_len=zeros + 1,
+        block_tables=zeros[:, None],
+        row_slots=zeros,
+        logit_rows=np.arange(num_rows, dtype=np.int32),
+    )
+
+
 def _bucket(num_rows: int) -> int | None:
     return next((rows for rows in ROWS if num_rows <= rows), None)
 
@@ -115,8 +138,8 @@ def _rank(rank: int) -> int:
 class Graphs:
     """The graphs of one model, by shape.
 
-    A shape's first step is launched as it is, which compiles kernels; at its second the graph is recorded. What cannot
-    be recorded goes on being launched.
+    A shape's first step is launched as it is, which compiles kernels; at its second the graph is recorded: decode steps
+    of the base model at the start, others as they come. What cannot be recorded goes on being launched.
 
     Args:
         capture: records.

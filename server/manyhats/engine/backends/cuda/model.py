@@ -17,7 +17,7 @@ from manyhats.engine.backends.cuda.buffers import Buffers
 from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.choosing import Choosing
 from manyhats.engine.backends.cuda.ends import Ends
-from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape
+from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_plan, decode_rows
 from manyhats.engine.backends.cuda.layers import Layers
 from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher, on_device
 from manyhats.engine.backends.cuda.self_test import check_linears
@@ -106,9 +106,13 @@ class CudaModel:
         return {**self.weights.num_bytes, "workspace": self._buffers.num_bytes + self._finishers.num_bytes}
 
     def warm_up(self, cache: CudaKVCache, adapters: CudaAdapterSlots, slot: int, progress: Progress) -> None:
-        """Compiles kernels, and proves that linears are right and the model runs."""
+        """Compiles kernels, proves that linears are right and the model runs, and records the base's decode steps."""
         check_linears(self.weights.linears(), self._buffers.linear, self._limits.max_rows)
         run_one(self, cache, adapters, slot)
+        if self._graphs is not None and self.architecture.head is not None:
+            for rows in decode_rows(self._limits):
+                for _ in range(2):  # launched, then recorded
+                    self.forward(decode_plan(rows), cache, adapters)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, cache: CudaKVCache, adapters: CudaAdapterSlots) -> CudaLogits:
