@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    backends = ("cpu", "torch", "torch-batched")
+    backends = ("cpu", "torch", "torch-batched", "torch-ahead")
     parser.addoption("--backend", choices=backends, default="cpu", help="what the engine runs on")
     parser.addoption("--screenshots", action="store_true", help="write those of the page to docs/")
 

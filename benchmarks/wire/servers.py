@@ -117,6 +117,7 @@ class FreeBackend:
 
     name = "free"
     has_own_memory = False
+    runs_ahead = False
     num_bytes: Mapping[str, int] = {}
 
     def __init__(self, pace: Pace) -> None:

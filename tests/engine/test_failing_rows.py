@@ -29,6 +29,7 @@ from support.harnesses.engine import (
     random_ids,
     random_lora,
     running_engine,
+    until,
 )
 from support.harnesses.engine_loop import POISON, Loop, prompt, score_request
 from support.harnesses.sampling import mask_of
@@ -321,7 +322,7 @@ async def test_a_failing_request_leaves_a_running_engine_and_its_adapter_free(
     async with running_engine(model, {"a": random_lora(model.description, 1)}) as engine:
         with pytest.raises(RequestFailedError):
             await collect(engine, make_request(random_ids(1, 9, 300), make_record("a")))
-        assert not engine.in_use(make_record("a"))
+        await until(lambda: not engine.in_use(make_record("a")))
         answers = await asyncio.gather(*answers_of(engine, 4))
         assert [len(answer.tokens) for answer in answers] == [12] * 4
         assert engine.is_alive

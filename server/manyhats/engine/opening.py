@@ -77,7 +77,7 @@ def open_engine(
     )
     scheduler_limits = scheduler_config(config, model.architecture)
     scheduler = Scheduler(scheduler_limits, BlockAllocator(cache.num_blocks, cache.block_size))
-    step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
+    step = Step(scheduler, prepared, cache, slots, serving.vocab_size, runs_ahead=backend.runs_ahead)
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, taken or TakenProcessors(), warm_up)
     residency = AdapterResidency(

@@ -166,7 +166,7 @@ class StepStats:
     """One step of the engine, for metrics.
 
     Attributes:
-        duration_s: schedule to commit.
+        duration_s: schedule to commit; where steps overlap, not before the commit of the one before it.
         num_prefill_tokens: prompt tokens computed.
         num_decode_tokens: sequences that decoded one token, or several with drafts.
         num_draft_tokens: drafts that were run after them.

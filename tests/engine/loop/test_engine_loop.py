@@ -54,13 +54,14 @@ def test_higher_priority_starts_first(tokenizer: Tokenizer) -> None:
     assert list(loop.events) == ["high", "middle", "low"]
 
 
-def test_cancelling_frees_the_blocks_at_once_and_nobody_else_notices(loop: Loop) -> None:
+def test_cancelling_frees_the_blocks_as_soon_as_no_step_uses_them_and_nobody_else_notices(loop: Loop) -> None:
     for seed in range(4):
         loop.generate(str(seed), make_request(prompt(seed, 30), new_tokens=10))
     for _ in range(6):
         loop.step()
     used = loop.steps.scheduler.allocator.num_used
     loop.cancel("1")
+    loop.land()
     assert loop.steps.scheduler.allocator.num_used < used
     assert isinstance(loop.error("1"), RequestCancelledError)
     loop.cancel("1")
@@ -77,6 +78,7 @@ def test_cancelling_what_still_waits_or_is_being_prefilled(loop: Loop) -> None:
     loop.step()
     loop.cancel("waiting")
     loop.cancel("prefill")
+    loop.land()
     assert not loop.steps.has_work
     assert loop.steps.scheduler.allocator.num_used == 0
 
@@ -254,7 +256,7 @@ def test_scorings_alone_get_on_in_every_step(
     num_steps = 0
     while loop.steps.has_work:
         result = loop.steps.run()
-        assert result.stats is not None
+        assert result.stats is not None or loop.steps.is_in_flight
         num_steps += 1
         assert num_steps <= num_tokens, "at least one token a step, and none twice but in a prompt taken back"
     assert loop.steps.scheduler.allocator.num_used == 0

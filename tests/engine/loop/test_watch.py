@@ -118,15 +118,15 @@ def test_a_step_is_allowed_many_times_what_its_rows_take_at_the_slowest_pace() -
     allowance = Allowance()
     allowance.begin(1)
     assert allowance.seconds == float("inf"), "the first says nothing yet"
-    allowance.end(0.01)
+    allowance.end(0.01, 1)
     allowance.begin(512)
     assert allowance.seconds >= 20 * 0.01 * 512
-    allowance.end(0.5)  # many rows at once take less each
+    allowance.end(0.5, 512)  # many rows at once take less each
     allowance.begin(1)
     assert 0.2 <= allowance.seconds <= 1
     for _ in range(3000):  # a machine that has become faster
         allowance.begin(1)
-        allowance.end(0.001)
+        allowance.end(0.001, 1)
     allowance.begin(1)
     assert allowance.seconds < 0.1
 

@@ -1,7 +1,8 @@
 """The backend that the engine's tests run on.
 
 ``pytest --backend torch`` runs them on another than the default, row by row, and ``--backend torch-batched`` on all
-rows at once; with ``MANYHATS_DEVICE=cuda`` both run all rows at once on the GPU.
+rows at once; with ``MANYHATS_DEVICE=cuda`` both run all rows at once on the GPU. ``--backend torch-ahead`` runs them
+row by row and one step ahead, and so those of the loop without a model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from manyhats.engine.backends.open import open_backend
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.backends.torch.batched.model import BatchedModel
 from manyhats.engine.backends.torch.model import TorchModel
+from support.fakes.ahead import AheadBackend
 
 DEVICE = os.environ.get("MANYHATS_DEVICE", "cpu")
 
@@ -24,6 +26,11 @@ DEVICE = os.environ.get("MANYHATS_DEVICE", "cpu")
 def _name() -> str:
     """Read when it is asked for: this module may be imported ahead of pytest's options."""
     return os.environ.get("ENGINE_TEST_BACKEND", "cpu")
+
+
+def ahead_seed() -> int | None:
+    """When a loop without a model computes its steps; None if it does not run ahead."""
+    return 0 if _name() == "torch-ahead" else None
 
 
 def is_batched(name: str = "") -> bool:
@@ -41,6 +48,8 @@ def named_backend(name: str, dtype: str = "float32", num_threads: int = 1) -> Ba
     """One of those that ``--backend`` names."""
     if is_batched(name):
         return batched_backend(dtype)
+    if name == "torch-ahead":
+        return AheadBackend(TorchBackend(by_row=True))
     return open_backend(name, dtype=dtype, num_threads=num_threads)
 
 

@@ -18,12 +18,13 @@ from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepSt
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease, ResidentAdapter
 from manyhats.engine.sampling.matcher import Grammar
-from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
+from support.fakes.ahead import AheadCache, AheadModel, AheadSlots, Device, WatchedAllocator
 from support.fakes.engine import FakeCache, FakeDecoder, KeptSlot
+from support.harnesses.backends import ahead_seed
 from support.harnesses.engine import random_ids
 from support.harnesses.grammars import grammar_of
 
@@ -33,7 +34,7 @@ POISON = TINY_VOCAB_SIZE - 1
 
 @dataclass
 class Loop:
-    """An engine without a model, and everything it said of each job."""
+    """An engine without a model, and everything it said of each job; with a seed, it runs one step ahead."""
 
     tokenizer: Tokenizer
     num_blocks: int = 64
@@ -44,14 +45,25 @@ class Loop:
         )
     )
 
+    ahead: int | None = field(default_factory=ahead_seed)
+
     def __post_init__(self) -> None:
         self.decoder = FakeDecoder(TINY_VOCAB_SIZE, poison=(POISON,))
+        self.device = Device(self.ahead or 0)
+        model: Any = self.decoder
+        cache: Any = FakeCache(self.num_blocks, self.block_size)
+        slots: Any = SimpleNamespace()
+        if self.ahead is not None:
+            model, cache = AheadModel(model, self.device), AheadCache(cache, self.device)
+            slots = AheadSlots(slots, self.device)
+        allocator = WatchedAllocator(self.num_blocks, self.block_size, self.device)
         self.steps = Step(
-            Scheduler(self.config, BlockAllocator(self.num_blocks, self.block_size)),
-            cast(Any, self.decoder),
-            cast(Any, FakeCache(self.num_blocks, self.block_size)),
-            cast(Any, SimpleNamespace()),
+            Scheduler(self.config, allocator),
+            model,
+            cache,
+            slots,
             TINY_VOCAB_SIZE,
+            runs_ahead=self.ahead is not None,
         )
         self.serving = ServingModel(
             base_digest="sha256:0",
@@ -91,10 +103,16 @@ class Loop:
             self.stats.append(result.stats)
         self._hear(result.events, "")
 
+    def land(self) -> None:
+        """Take a turn more if a step is in flight, which is over then."""
+        if self.steps.is_in_flight:
+            self.step()
+
     def drain(self) -> None:
         for _ in range(3000):
             if not self.steps.has_work:
                 assert self.steps.scheduler.allocator.num_used == 0
+                assert not self.device.mistakes, self.device.mistakes
                 return
             self.step()
         raise AssertionError("the jobs do not end")

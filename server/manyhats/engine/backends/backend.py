@@ -82,10 +82,17 @@ class AdapterSlots(Protocol[PackedT]):
 
 
 class Pending(Protocol):
-    """The outcome of a launched step."""
+    """The outcome of a launched step; it outlives the next forward."""
 
     def result(self) -> Outcome:
-        """Wait for the outcome; nothing else in a backend waits."""
+        """Wait for the outcome; nothing else in a backend waits. Steps are collected in the order of their launches.
+
+        Whatever it raises, the step runs no more.
+
+        Raises:
+            EngineDeadError: the device can run nothing any more; ends the engine.
+            Exception: the step failed; ends its jobs.
+        """
         ...
 
 
@@ -129,7 +136,10 @@ class Model(Protocol[CacheT, SlotsT]):
         ...
 
     def forward(self, plan: StepPlan, cache: CacheT, adapters: SlotsT) -> Logits:
-        """Launch a step, which writes its keys and values; never waits."""
+        """Launch a step, which writes its keys and values; never waits.
+
+        It runs behind the steps launched before it. If this raises, or ``Logits.finish`` does, it runs no more.
+        """
         ...
 
 
@@ -144,6 +154,15 @@ class Backend(Protocol):
     @property
     def has_own_memory(self) -> bool:
         """Whether it runs on a device with memory of its own."""
+        ...
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is collected.
+
+        Its plan may then name tokens that this one chooses. What is written from the host or placed in slots meanwhile
+        is nothing that a step in flight names.
+        """
         ...
 
     def prepare(

@@ -46,7 +46,10 @@ class StepPlan:
     """N rows of B sequences; prefill chunks and decodes are end to end.
 
     Attributes:
-        token_ids: [N] int32.
+        token_ids: [N] int32; −1 − i is the token of choice i of the step before. Only a backend that runs ahead gets
+            that, and only while that step is not collected: i counts the ``Wants.choices`` of the last step that was
+            launched on the model, in their order. Where that choice has no token, or its row was not finite, nobody
+            wants the row's results, but it must not harm others: any token may stand in.
         positions: [N] int32, for the rotary embedding; a KV prefix may shift them relative to the cells.
         cells: [N] int64, where each row's keys and values go: block · block_size + offset.
         query_start: [B + 1] int32, each sequence's first row.

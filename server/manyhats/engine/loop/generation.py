@@ -18,7 +18,7 @@ from manyhats.engine.output import FinishReason, StepOutput, TokenOutput
 from manyhats.engine.request import Request
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.sampling.matcher import Mask, Matcher
-from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges, changes_logits
+from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges, changes_logits, depends_on_output
 from manyhats.engine.sampling.sampler import SamplingRow, fitted
 from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -65,6 +65,7 @@ class Generation:
             self._prompt_tokens.append(token_output(self._tokenizer, prompt[0], None))
         sampling = request.sampling
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
+        self._has_penalties = depends_on_output(sampling)
         skips = request.response.skip_special_tokens
         self._is_exact = matcher is not None and matcher.constraint.is_exact
         self._detokenizer = self._tokenizer.stream(skip_special_tokens=skips, is_exact=self._is_exact)
@@ -79,6 +80,7 @@ class Generation:
         self._drafter = self._new_drafter(request)
         self._draft_masks: Seq[Mask] = ()  # after each of the drafts
         self._matcher = matcher
+        self._sequence.needs_tokens = self._has_penalties or matcher is not None or self._drafter is not None
         self._allowed: Mask | None = None
         self._may_continue = True
         if matcher is not None:
@@ -154,7 +156,7 @@ class Generation:
 
     def _sampling_rows(self, chunk: Chunk) -> list[SamplingRow]:
         """How the token after the last one is chosen, and those after drafts, as if all drafts before had come."""
-        num_generated = chunk.sequence.num_output_tokens
+        num_generated = chunk.sequence.num_expected_output_tokens
         masks = (self._allowed, *self._draft_masks) if self._matcher is not None else repeat(None)
         return [
             self._sampling_row(num_generated + index, chunk.drafts[:index], mask)
@@ -224,7 +226,7 @@ class Generation:
     def _take_token(self, token_id: int, num_taken: int) -> tuple[str, FinishReason | None]:
         """The text that a token adds, and whether it ends the answer; it is the ``num_taken``-th of this step."""
         sequence = self._sequence
-        if self._changes is not None:
+        if self._changes is not None and self._has_penalties:
             self._changes.append(token_id)
         text, reason = self._push_text(token_id, sequence.num_output_tokens + num_taken)
         if reason in (None, FinishReason.LENGTH) and not self._goes_on(token_id):

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from manyhats.engine.backends.plan import Floats, Ints, StepPlan, int32
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.sequence import Sequence
+
+_NO_CHOICES: Mapping[Sequence, int] = {}
 
 
-def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
-    """The rows of a schedule that has chunks, in their order."""
+def step_plan(schedule: Schedule, block_size: int, choices: Mapping[Sequence, int] = _NO_CHOICES) -> StepPlan:
+    """The rows of a schedule that has chunks, in their order.
+
+    Args:
+        schedule: the newest.
+        block_size: cells per block.
+        choices: which choice of the step in flight is the next token of a sequence that does not have it yet.
+    """
     chunks = schedule.chunks
     # Lists of numbers: for the few rows of most steps, NumPy's operations would take longer.
     starts = [0]
@@ -26,6 +36,8 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         sequence, rows = chunk.sequence, range(chunk.start, chunk.start + chunk.num_rows)
         table, offset = sequence.block_table, sequence.position_offset
         token_ids += sequence.token_ids[chunk.start : chunk.end]
+        if chunk.end > len(sequence.token_ids):
+            token_ids.append(-1 - choices[sequence])
         token_ids += chunk.drafts
         positions += [max(row + offset, 0) for row in rows]  # virtual tokens may have none
         cells += [table[row // block_size] * block_size + row % block_size for row in rows]

@@ -1,51 +1,52 @@
-"""The engine's loop body: schedule → plan → forward → finish → take. One thread owns it."""
+"""The engine's loop body: schedule → plan → forward → finish, then result → take. One thread owns it.
+
+Where the backend runs ahead, a step is launched before the one before it is collected:
+
+    turn k:  schedule(k) → plan, wants → forward → finish      launch
+             result(k − 1) → commit, take                      collect, while k runs
+"""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Seq
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
-from manyhats.engine.backends.wants import Outcome, check_ids
+from manyhats.engine.backends.wants import Outcome
 from manyhats.engine.errors import (
-    DeadlineExceededError,
+    EngineDeadError,
     EngineError,
-    NoMemoryError,
     NumericalError,
     RequestCancelledError,
-    RequestFailedError,
     is_out_of_memory,
 )
-from manyhats.engine.loop.job import Event, Job, Want
-from manyhats.engine.loop.parts import Part, answers_of, wants_of
+from manyhats.engine.loop.in_flight import StepInFlight
+from manyhats.engine.loop.job import Event, Job
+from manyhats.engine.loop.jobs import Jobs, unexpected
+from manyhats.engine.loop.parts import answers_of, wants_of
 from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.loop.watch import Allowance
 from manyhats.engine.output import StepStats
-from manyhats.engine.sampling.sampler import check_row
-from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.schedule import Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
 
 _MAX_FAILED_STEPS = 8
 """In a row: if no step succeeds any more, the engine is useless."""
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step reports to callers, and its statistics.
+    """What one turn reports to callers, and statistics.
 
     Attributes:
         events: for the callers.
-        stats: None if nothing ran.
+        stats: of the step that was collected; None if none was.
         is_stuck: jobs are left but none made progress, which should not happen.
     """
 
@@ -58,11 +59,19 @@ class Step:
     """Runs jobs to their end. Not thread-safe; ``Loop`` runs it on a thread.
 
     An exception from a job ends only that job; one from the step as a whole, such as the forward, ends the step's jobs,
-    but if there was no memory for it, only the newest.
-    One from the scheduler ends all jobs, since it may be in any state: it then starts over.
+    but if there was no memory for it, only the newest. What was launched on top of such a step is given up and runs
+    again. One from the scheduler ends all jobs, since it may be in any state: it then starts over.
+
+    Args:
+        scheduler: decides each step.
+        model: runs it.
+        cache: the model's.
+        adapters: the model's.
+        vocab_size: the model's.
+        runs_ahead: whether a step is launched before the one before it is collected (``Backend.runs_ahead``).
 
     Attributes:
-        allowance: how long the step that runs may take.
+        allowance: how long what runs may take.
     """
 
     def __init__(
@@ -72,89 +81,135 @@ class Step:
         cache: KVCache,
         adapters: AdapterSlots[Any],
         vocab_size: int,
+        *,
+        runs_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self._model = model
         self._cache = cache
         self._adapters = adapters
         self._vocab_size = vocab_size
-        self._jobs: dict[str, Job[Any]] = {}
+        self._runs_ahead = runs_ahead
+        self._jobs = Jobs(scheduler, vocab_size)
+        self._in_flight: deque[StepInFlight] = deque()  # the oldest first; one between turns, and two within
+        self._collected_s = 0.0
         self._num_failed_steps = 0  # since the last one that succeeded
         self.allowance = Allowance()
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a step is launched and not collected: it may use what jobs held that have ended since."""
+        return bool(self._in_flight)
+
+    @property
     def has_work(self) -> bool:
-        """Whether any job is unfinished."""
-        return bool(self._jobs)
+        """Whether any job is unfinished, or a step is in flight."""
+        return len(self._jobs) > 0 or self.is_in_flight
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing can run: there is no job, or each waits for its reader or for its task's limits."""
-        return self.scheduler.num_paused == len(self._jobs) or self.scheduler.is_held_back
+        is_waiting = self.scheduler.num_paused == len(self._jobs) or self.scheduler.is_held_back
+        return is_waiting and not self.is_in_flight
 
     def add(self, job: Job[Any]) -> tuple[Event, ...]:
         """Accept a job; if it cannot, the event says why."""
         events: list[Event] = []
         with self._together(events):
-            self._jobs[job.id] = job
-            self._next(job, time.monotonic(), events)
+            self._jobs.add(job, time.monotonic(), events)
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
-        """End a job at once; its blocks are free on return. Unknown ids are ignored."""
+        """End a job at once; its blocks are free on return, or once no step in flight uses them.
+
+        Unknown ids are ignored.
+        """
         events: list[Event] = []
         job = self._jobs.get(job_id)
         if job is not None:
             with self._together(events):
-                events.append(self._fail(job, RequestCancelledError("cancelled")))
+                events.append(self._jobs.fail(job, RequestCancelledError("cancelled")))
         return tuple(events)
 
     def run(self) -> StepResult:
-        """Take one turn: end what has reached a time limit, then run the next batch, if there is one.
+        """Take one turn: end what has reached a time limit, launch the next batch, if there is one, and collect.
 
         Raises:
+            EngineDeadError: the device can run nothing any more.
             Exception: the step failed as a whole, as did several before it in a row.
         """
         events: list[Event] = []
         try:
-            return self._run(events)
+            return self._turn(events)
+        except EngineDeadError:
+            raise
         except Exception as error:
             self._start_over(error, events)
             if self._num_failed_steps >= _MAX_FAILED_STEPS:
                 raise
             return StepResult(tuple(events), None)
 
-    def _run(self, events: list[Event]) -> StepResult:
-        started = time.monotonic()
-        num_jobs = len(self._jobs)
-        self._tick(started, events)
+    def _turn(self, events: list[Event]) -> StepResult:
+        began_s = time.monotonic()
+        num_jobs, was_in_flight = len(self._jobs), self.is_in_flight
+        stats = self._collect(events) if self.scheduler.must_land else None
+        self._jobs.tick(began_s, events)
         schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            self._refuse(schedule.hopeless, events)
-            is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
-            return StepResult(tuple(events), None, is_stuck)
-        is_computed = False
-        self.allowance.begin(schedule.num_tokens)
+        num_kept = 0
+        if schedule.chunks and self._launch(schedule, began_s, events) and self._runs_ahead:
+            num_kept = 1
+        while len(self._in_flight) > num_kept:
+            stats = self._collect(events)
+        self._jobs.refuse(schedule.hopeless, events)  # not before: others of their jobs may be in the step
+        is_over = not (schedule.chunks or was_in_flight or events) and len(self._jobs) == num_jobs
+        return StepResult(tuple(events), stats, is_stuck=is_over and not self.is_idle)
+
+    def _launch(self, schedule: Schedule, began_s: float, events: list[Event]) -> bool:
+        """Start a step; returns whether it is in flight now."""
+        before = self._in_flight[-1].choices if self._in_flight else {}
+        self.allowance.begin(schedule.num_tokens + sum(step.schedule.num_tokens for step in self._in_flight))
         try:
-            plan = step_plan(schedule, self._cache.block_size)  # while every sequence has its blocks
-            parts = self._parts(schedule, events)
+            plan = step_plan(schedule, self._cache.block_size, before)  # while every sequence has its blocks
+            parts = self._jobs.parts(schedule, events)
             self._fill_prefixes(schedule)
             logits = self._model.forward(plan, self._cache, self._adapters)
-            wants = wants_of(list(self._live(parts)), self._vocab_size)
-            outcome = logits.finish(wants).result()
-            is_computed = True
-            self._commit(schedule, parts, outcome, events)
+            pending = logits.finish(wants_of(parts, self._vocab_size))
+            if self._runs_ahead:
+                self.scheduler.count_on(schedule)
+        except EngineDeadError:
+            raise
         except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
-            if is_out_of_memory(error) and not is_computed:
+            if is_out_of_memory(error):
                 self._shed(schedule, error, events)
             else:
                 self._fail_step(schedule, error, events)
-            return StepResult(tuple(events), None)
-        self._refuse(schedule.hopeless, events)  # not before: others of their jobs may be in the step
+            return False
+        self._in_flight.append(StepInFlight(schedule, parts, pending, began_s))
+        return True
+
+    def _collect(self, events: list[Event]) -> StepStats | None:
+        """Wait for the oldest step in flight, and give its jobs what they want; None if it failed."""
+        step = self._in_flight.popleft()
+        is_computed = False
+        try:
+            outcome = step.pending.result()
+            is_computed = True
+            self._commit(step, outcome, events)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
+            self._give_up_later()
+            if is_out_of_memory(error) and not is_computed:
+                self._shed(step.schedule, error, events)
+            else:
+                self._fail_step(step.schedule, error, events)
+            return None
         self._num_failed_steps = 0
-        elapsed_s = time.monotonic() - started
-        self.allowance.end(elapsed_s)
-        return StepResult(tuple(events), _stats(schedule, elapsed_s))
+        now_s = time.monotonic()
+        elapsed_s = now_s - max(step.began_s, self._collected_s)
+        self._collected_s = now_s
+        self.allowance.end(elapsed_s, step.schedule.num_tokens)
+        return step.stats(elapsed_s)
 
     def _fill_prefixes(self, schedule: Schedule) -> None:
         for fill in schedule.prefix_fills:
@@ -162,88 +217,30 @@ class Step:
                 keys, values = (part[:, fill.first_token :] for part in (source.keys, source.values))
                 self._cache.write(fill.block_ids, keys, values)
 
+    def _commit(self, step: StepInFlight, outcome: Outcome, events: list[Event]) -> None:
+        """Advance every sequence of the step; a row with bad logits ends only its own job, a draft's none."""
+        answers = [each for each in answers_of(step.parts, outcome) if self._jobs.awaits(each[0])]
+        for part, _ in answers:
+            if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(part.own_rows):
+                events.append(self._jobs.fail(part.job, NumericalError("the logits are not finite")))
+        self.scheduler.commit(step.schedule)
+        now_s = time.monotonic()
+        for part, answer in answers:
+            if part.has_rows and part.job.id in self._jobs:
+                self._jobs.take(part, answer, now_s, events)
+
     def drop_all(self, error: EngineError) -> tuple[Event, ...]:
         """End every job with an error, whatever state the scheduler is in."""
-        events = tuple(Event(name, error, True) for name in self._jobs)
-        self._jobs.clear()
+        events = self._jobs.forget_all(error)
+        self.settle()
         self.scheduler.clear()
         return events
 
-    def _tick(self, now_s: float, events: list[Event]) -> None:
-        for job in tuple(self._jobs.values()):
-            if job.deadline_s is not None and now_s >= job.deadline_s:
-                events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
-                continue
-            self._next(job, now_s, events)
-
-    def _refuse(self, hopeless: Iterable[Sequence], events: list[Event]) -> None:
-        for name in {sequence.id for sequence in hopeless} & self._jobs.keys():
-            error = DeadlineExceededError("the deadline would pass before the answer")
-            events.append(self._fail(self._jobs[name], error))
-
-    def _next(self, job: Job[Any], now_s: float, events: list[Event]) -> None:
-        try:
-            output = job.next(self.scheduler, now_s)
-        except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
-            events.append(self._failed(job, error))
-        else:
-            self._emit(job, output, events)
-
-    def _parts(self, schedule: Schedule, events: list[Event]) -> list[Part]:
-        """The step's chunks, and what their jobs want from each."""
-        parts: list[Part] = []
-        first = first_hidden = 0
-        jobs = [self._jobs[chunk.sequence.id] for chunk in schedule.chunks]
-        for chunk, job in zip(schedule.chunks, jobs, strict=True):
-            end = first + chunk.num_logit_rows
-            end_hidden = first_hidden + chunk.num_result_rows - chunk.num_logit_rows
-            hidden = slice(first_hidden, end_hidden)
-            parts.append(Part(chunk, job, first, end, hidden, self._want(job, chunk, events)))
-            first, first_hidden = end, end_hidden
-        return parts
-
-    def _want(self, job: Job[Any], chunk: Chunk, events: list[Event]) -> Want:
-        if job.id in self._jobs:  # a job may have several chunks, and fail at the first
-            try:
-                want = job.wants(chunk)
-                vocab_size = want.vocab_size or self._vocab_size
-                for row in want.samples:
-                    check_row(row, vocab_size)
-                if want.target_ids:
-                    check_ids(want.target_ids, vocab_size)
-                return want
-            except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
-                events.append(self._failed(job, error))
-        return Want()
-
-    def _commit(self, schedule: Schedule, parts: Seq[Part], outcome: Outcome, events: list[Event]) -> None:
-        """Advance every sequence of the step; a row with bad logits ends only its own job, a draft's none."""
-        answers = answers_of(self._live(parts), outcome)
-        for part, _ in answers:
-            if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(part.own_rows):
-                events.append(self._fail(part.job, NumericalError("the logits are not finite")))
-        self.scheduler.commit(schedule)
-        now_s = time.monotonic()
-        for part, answer in answers:
-            job = part.job
-            if not part.has_rows or job.id not in self._jobs:
-                continue
-            try:
-                output = job.take(part.chunk, answer, self.scheduler, now_s)
-            except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
-                events.append(self._failed(job, error))
-            else:
-                self._emit(job, output, events)
-
-    def _live(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """Those whose job has not ended in the meantime; one job may have several."""
-        return (part for part in parts if part.job.id in self._jobs)
-
-    def _emit(self, job: Job[Any], output: object, events: list[Event]) -> None:
-        if job.is_done:
-            del self._jobs[job.id]
-        if output is not None:
-            events.append(Event(job.id, output, job.is_done))
+    def settle(self) -> None:
+        """Wait until nothing runs any more; what it had to say is lost."""
+        for step in self._in_flight:
+            step.wait()
+        self._in_flight.clear()
 
     @contextmanager
     def _together(self, events: list[Event]) -> Iterator[None]:
@@ -256,28 +253,14 @@ class Step:
     def _start_over(self, error: Exception, events: list[Event]) -> None:
         """End all jobs, so that later ones are not affected."""
         self._num_failed_steps += 1
-        events += self.drop_all(_unexpected(error, *self._jobs))
+        events += self.drop_all(self._jobs.unexpected(error))
 
-    def _failed(self, job: Job[Any], error: Exception) -> Event:
-        """End a job with the error that it raised."""
-        return self._fail(job, error if isinstance(error, EngineError) else _unexpected(error, job.id))
-
-    def _fail(self, job: Job[Any], error: EngineError) -> Event:
-        if isinstance(error, NumericalError):
-            self.scheduler.distrust(job.id)
-        try:
-            job.drop(self.scheduler)
-        except Exception as failure:  # noqa: BLE001 whatever it is, other jobs have no part in it
-            num_left = self.scheduler.drop(job.id)
-            _log.error(
-                "a request could not be ended properly and was dropped",
-                job=job.id,
-                sequences=num_left,
-                reason=str(error),
-                exc_info=failure,
-            )
-        del self._jobs[job.id]
-        return Event(job.id, error, True)
+    def _give_up_later(self) -> None:
+        """A step has failed on which later ones were launched: these run again."""
+        while self._in_flight:
+            later = self._in_flight.pop()
+            later.wait()
+            self.scheduler.undo(later.schedule)
 
     def _shed(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
         """End one job of a step that there was no memory for, the newest, which has the least to lose.
@@ -287,7 +270,9 @@ class Step:
         sequences = [chunk.sequence for chunk in schedule.chunks if chunk.sequence.id in self._jobs]
         if sequences:
             newest = max(sequences, key=_newness)
-            events.append(self._failed(self._jobs[newest.id], error))
+            job = self._jobs.get(newest.id)
+            if job is not None:
+                events.append(self._jobs.failed(job, error))
         self.scheduler.undo(schedule)
 
     def _fail_step(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
@@ -296,14 +281,8 @@ class Step:
         if self._num_failed_steps >= _MAX_FAILED_STEPS:
             raise error
         sequences = (*(chunk.sequence for chunk in schedule.chunks), *schedule.started)
-        names = {sequence.id for sequence in sequences}
-        failure = _unexpected(error, *sorted(names))
-        for name in sorted(names):
-            job = self._jobs.get(name)
-            if job is not None:
-                events.append(self._fail(job, failure))
-            else:
-                self.scheduler.drop(name)  # what an ended job left behind
+        names = sorted({sequence.id for sequence in sequences})
+        self._jobs.fail_all(names, unexpected(error, *names), events)
         for fill in schedule.prefix_fills:
             self.scheduler.forget(fill.virtual)  # it may not have got that far
         self.scheduler.commit(schedule)  # all its sequences are finished, and their blocks become free
@@ -312,28 +291,3 @@ class Step:
 def _newness(sequence: Sequence) -> tuple[bool, bool, float]:
     """The engine's own first; a scoring's continuations have waited longer than they say."""
     return sequence.is_internal, not sequence.is_continuation, sequence.arrival
-
-
-def _stats(schedule: Schedule, duration_s: float) -> StepStats:
-    num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
-    return StepStats(
-        duration_s=duration_s,
-        num_prefill_tokens=schedule.num_tokens - schedule.num_drafts - num_decode,
-        num_decode_tokens=num_decode,
-        num_draft_tokens=schedule.num_drafts,
-        num_adapters=len({chunk.sequence.slot for chunk in schedule.chunks} - {0}),
-        num_preempted=len(schedule.preempted),
-        prefix_cache_queries=schedule.prefix_cache_queries,
-        prefix_cache_hits=schedule.prefix_cache_hits,
-    )
-
-
-def _unexpected(error: Exception, *job_ids: str) -> EngineError:
-    """What callers are told; the details are logged."""
-    if is_out_of_memory(error):
-        _log.error("there was no memory for a request", jobs=job_ids, exc_info=error)
-        return NoMemoryError()
-    failure = RequestFailedError(uuid.uuid4().hex)
-    failure.__cause__ = error
-    _log.error("a request failed in the engine", jobs=job_ids, error_id=failure.error_id, exc_info=error)
-    return failure

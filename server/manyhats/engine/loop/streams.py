@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from manyhats.engine.errors import EngineDeadError, EngineError
@@ -74,6 +75,7 @@ class Streams:
         self._expected: dict[str, Future[Any]] = {}
         self._has_ended = False
         self._num_expected = 0
+        self._put_off: list[Callable[[], None]] = []
         self._idle = asyncio.Event()  # set when the last stream is gone
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -122,31 +124,53 @@ class Streams:
 
     # On the engine's thread
 
-    def publish(self, events: list[Event]) -> bool:
-        """Deliver a step's events in one call; returns whether the loop still exists to receive them."""
-        streamed = [event for event in events if not self._answer(event)]
-        for event in streamed:
-            if event.is_last:
-                self._streams[event.job_id].end()
+    def publish(self, events: list[Event], *, is_in_flight: bool = False) -> bool:
+        """Deliver a step's events in one call; returns whether the loop still exists to receive them.
+
+        Args:
+            events: of all jobs.
+            is_in_flight: whether a step that was launched may still use what jobs hold that have ended. It is released
+                with the next call, by which that step must be over; threads, which have slots of their own, get their
+                answers then.
+        """
+        streamed = [event for event in events if event.job_id not in self._expected]
+        due, self._put_off = self._put_off, self._endings(events)
+        if not is_in_flight:
+            due += self._put_off
+            self._put_off = []
+        for ending in due:
+            ending()
         return not streamed or self._call(self._deliver, streamed)
 
+    def _endings(self, events: list[Event]) -> list[Callable[[], None]]:
+        """What is to be done once nothing runs any more of the jobs that these events end."""
+        endings: list[Callable[[], None]] = []
+        for event in events:
+            if event.job_id in self._expected:
+                endings.append(partial(self._answer, event))
+            elif event.is_last:
+                stream = self._streams[event.job_id]
+                stream.is_ended = True
+                endings.append(stream.release)
+        return endings
+
     def end(self, reason: str) -> None:
-        """Tell everyone still waiting that nothing more will come."""
+        """Tell everyone still waiting that nothing more will come; nothing runs any more."""
+        for ending in self._put_off:
+            ending()
+        self._put_off = []
         self._has_ended = True
         for job_id in tuple(self._expected):
             self._answer(Event(job_id, EngineDeadError(reason), True))
         self._call(self._end_rest, reason)
 
-    def _answer(self, event: Event) -> bool:
-        """Whether a thread was waiting for the event."""
-        output = self._expected.pop(event.job_id, None)
-        if output is None:
-            return False
+    def _answer(self, event: Event) -> None:
+        """Tell the thread that waits for an event."""
+        output = self._expected.pop(event.job_id)
         if isinstance(event.payload, EngineError):
             output.set_exception(event.payload)
         else:
             output.set_result(event.payload)
-        return True
 
     def _call(self, callback: Callable[..., None], *arguments: object) -> bool:
         if self._loop is None:

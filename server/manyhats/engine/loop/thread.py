@@ -149,6 +149,7 @@ class Loop:
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
         self.watch.stop()
+        self.step.settle()
         self.streams.end("the engine has ended" if self.failure is None else "the engine failed")
         if self.failure is not None:
             _log.error("engine died", exc_info=self.failure)
@@ -168,7 +169,7 @@ class Loop:
             self._note_stuck(False)
         if not self._is_stuck:
             self.heartbeat_s = time.time()
-        if not self.streams.publish(events):
+        if not self.streams.publish(events, is_in_flight=self.step.is_in_flight):
             self._is_stopping = True
 
     def _note_stuck(self, is_stuck: bool) -> None:

@@ -23,23 +23,21 @@ class Allowance:
     known as it begins: it may take many times as long as they would at the slowest pace of late.
 
     Attributes:
-        seconds: of the step that runs, or ran last; without limit until one has run.
+        seconds: of what runs, or ran last; without limit until a step has run.
     """
 
     def __init__(self) -> None:
         self.seconds = float("inf")
         self._slowest_s = 0.0  # per row
-        self._num_rows = 0
 
     def begin(self, num_rows: int) -> None:
-        """A step of so many rows begins."""
-        self._num_rows = num_rows
+        """A step begins; so many rows are to run, with those of one that already does."""
         if self._slowest_s:
             self.seconds = _GENEROUS * self._slowest_s * num_rows
 
-    def end(self, elapsed_s: float) -> None:
-        """It has run."""
-        self._slowest_s = max(self._slowest_s * _DECAY, elapsed_s / self._num_rows)
+    def end(self, elapsed_s: float, num_rows: int) -> None:
+        """A step of so many rows has run."""
+        self._slowest_s = max(self._slowest_s * _DECAY, elapsed_s / num_rows)
 
 
 class Watch:

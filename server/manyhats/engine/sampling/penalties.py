@@ -49,11 +49,13 @@ NO_EDITS = forbidding(())
 
 def changes_logits(params: SamplingParams) -> bool:
     """Whether bias or penalties are requested."""
+    return bool(params.logit_bias) or depends_on_output(params)
+
+
+def depends_on_output(params: SamplingParams) -> bool:
+    """Whether the changes depend on the tokens that came before, as those of penalties do."""
     return (
-        bool(params.logit_bias)
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
+        params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
     )
 
 

@@ -70,6 +70,7 @@ class Admissions:
 
         While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it may
         take the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
+        Beside a step in flight no prefix makes room: its blocks would not be free yet.
         """
         allocator = self._allocator
         num_growing = sum(
@@ -83,6 +84,9 @@ class Admissions:
             if lacking <= 0:
                 return plan
             spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
+            if step.is_ahead:
+                step.lacks_room |= not running or self._prefixes.can_make_room(lacking, spared)
+                return None
             if self._prefixes.make_room(lacking, spared):
                 continue  # the prefix cache may have lost what the plan relies on
             if running or not self._prefixes.take_one(prefix):

@@ -15,7 +15,7 @@ class HeldPrefixes:
 
     Args:
         allocator: of the blocks.
-        free: drops references, at once or when the current step has run.
+        free: drops references, at once or when the steps in flight are committed.
     """
 
     def __init__(self, allocator: BlockAllocator, free: Callable[[Seq[int]], None]) -> None:
@@ -84,19 +84,28 @@ class HeldPrefixes:
 
         The least recently used go first, ``spared`` never. If all of them would not be enough, they stay.
         """
+        chosen = self._chosen_for_room(num_blocks, spared)
+        for prefix in chosen or ():
+            self.release(prefix)
+        return chosen is not None
+
+    def can_make_room(self, num_blocks: int, spared: Collection[SharedPrefix]) -> bool:
+        """Whether ``make_room`` would."""
+        return self._chosen_for_room(num_blocks, spared) is not None
+
+    def _chosen_for_room(
+        self, num_blocks: int, spared: Collection[SharedPrefix]
+    ) -> list[SharedPrefix] | None:
         num_refs = self._allocator.num_refs
-        chosen, num_freed = [], 0
+        chosen: list[SharedPrefix] = []
+        num_freed = 0
         for prefix, virtual in self._held.items():
             if num_freed >= num_blocks:
                 break
             if virtual is not None and prefix not in spared and num_refs(prefix.block_ids[0]) == 1:
                 chosen.append(prefix)
                 num_freed += sum(num_refs(block_id) == 1 for block_id in prefix.block_ids)
-        if num_freed < num_blocks:
-            return False
-        for prefix in chosen:
-            self.release(prefix)
-        return True
+        return chosen if num_freed >= num_blocks else None
 
     def take_one(self, last: SharedPrefix | None) -> bool:
         """Release any one, ``last`` only if there is no other; returns whether there was one."""

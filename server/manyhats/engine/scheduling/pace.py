@@ -34,7 +34,6 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._began_s = 0.0
         self._tokens_per_s = 0.0  # 0 until a step has run
         self.step_s = 0.0
         self.rate = FinishRate(clock=clock)
@@ -43,17 +42,11 @@ class Pace:
         self._saturated = (0.0, 0.0)
         self._known_until_s = -math.inf
 
-    def begin(self) -> None:
-        """Note that a step begins."""
-        self._began_s = self._clock()
-
-    def end(self, num_tokens: int) -> float:
-        """Note that it has run so many tokens; the seconds that it took."""
-        elapsed_s = self._clock() - self._began_s
+    def ran(self, num_tokens: int, elapsed_s: float) -> None:
+        """Note that a step has run so many tokens in this time."""
         if elapsed_s > 0:
             self._tokens_per_s = max(self._tokens_per_s * _DECAY, num_tokens / elapsed_s)
             self.step_s += _NEWEST * (elapsed_s - self.step_s) if self.step_s else elapsed_s
-        return elapsed_s
 
     def ended(self, num_running: int, waiting_since_s: float, *, is_answered: bool) -> None:
         """Note that one that ran has ended.

@@ -41,7 +41,7 @@ class Chunk:
     @property
     def ends_tokens(self) -> bool:
         """Whether it reaches the sequence's last token, whose row samples; ask before appending the next."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
+        return self.start + self.num_tokens == self.sequence.num_expected_tokens
 
     @property
     def num_result_rows(self) -> int:

@@ -29,6 +29,7 @@ from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.bulk_pace import BulkPace
 from manyhats.engine.scheduling.drafts import add_drafts
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
+from manyhats.engine.scheduling.in_flight import Flight, InFlight
 from manyhats.engine.scheduling.pace import Pace
 from manyhats.engine.scheduling.policy import Queue
 from manyhats.engine.scheduling.prefix_cache import register_full_blocks
@@ -62,9 +63,13 @@ _MARGIN = 1.25
 class Scheduler:
     """Owns every sequence between ``add`` and ``finish``, and the blocks they hold.
 
-    One turn is ``schedule``, run, then ``append_tokens`` and ``commit`` in either order. Blocks released between
-    ``schedule`` and ``commit`` become free at ``commit``, since the step may still write to them. Not thread-safe; it
-    belongs to the engine thread.
+    One turn is ``schedule``, run, then ``append_tokens`` and ``commit`` in either order. Blocks and slots released
+    between ``schedule`` and ``commit`` become free at ``commit``, since the step may still use them.
+
+    A step may be scheduled one ahead: once ``count_on`` says that the one before it is launched, unless ``must_land``.
+    A sequence that then stops running loses what is in flight of it. Steps are committed in their order.
+
+    Not thread-safe; it belongs to the engine thread.
 
     Args:
         config: limits.
@@ -87,11 +92,11 @@ class Scheduler:
         self._bulk_pace = BulkPace()
         self._running: list[Sequence] = []  # sorted by rank
         self._paused: set[Sequence] = set()
-        self._prefixes = HeldPrefixes(allocator, self._free)
+        self._in_flight = InFlight(allocator, clock)
+        self._prefixes = HeldPrefixes(allocator, self._in_flight.free)
         self._admissions = Admissions(config, allocator, self._prefixes)
         self._has_put_off = False
-        self._in_flight: Schedule | None = None
-        self._freed_in_flight: list[int] = []
+        self._lacks_room = False
 
     @property
     def rate(self) -> FinishRate:
@@ -196,13 +201,17 @@ class Scheduler:
         It has no chunks if no sequence can run: there is none, or every running one awaits a token or ``finish``.
 
         Raises:
-            RuntimeError: the last schedule with chunks was not committed.
+            RuntimeError: the last schedule with chunks was neither committed nor counted on, or must be committed.
         """
-        if self._in_flight is not None:
+        if not self._in_flight.may_begin:
             raise RuntimeError("the last schedule was not committed")
         limits = self.config
         step = Step(
-            limits.max_num_batched_tokens, limits.max_bulk_tokens, self._queue.rank, self._bulk_pace.limit
+            limits.max_num_batched_tokens,
+            limits.max_bulk_tokens,
+            self._queue.rank,
+            self._bulk_pace.limit,
+            is_ahead=bool(self._in_flight),
         )
         self._cover_tokens(step)
         step.go_on(self._running)
@@ -211,11 +220,45 @@ class Scheduler:
         self._has_put_off = not self._has_put_off and step.put_off(self._queue.exceeds_share)
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
+        self._lacks_room = step.lacks_room
         schedule = step.freeze()
         if schedule.chunks:
-            self._in_flight = schedule
-            self._pace.begin()
+            self._in_flight.begin(schedule)
         return schedule
+
+    def count_on(self, schedule: Schedule) -> None:
+        """Count a launched step as run, so that the next may be scheduled before it is committed."""
+        flight = self._in_flight.of(schedule)
+        if flight is None:
+            raise ValueError("the schedule is not in flight")
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            # A token that brings the sequence to its maximum ends it, and is not run.
+            if chunk.ends_tokens and sequence.num_expected_tokens + 1 < sequence.max_num_tokens:
+                sequence.num_unknown_tokens += 1
+                flight.choosing.append(sequence)
+            sequence.num_launched_tokens += chunk.num_tokens
+        flight.is_counted_on = True
+
+    @property
+    def must_land(self) -> bool:
+        """Whether the step in flight must be committed before another is scheduled.
+
+        Something depends on its tokens, or its end may give blocks that are needed now: no sequence is preempted while
+        it is in flight.
+        """
+        if not self._in_flight:
+            return False
+        if self._lacks_room or self._in_flight.has_drafts:
+            return True
+        num_missing = 0
+        for sequence in self._running:
+            if sequence.needs_tokens and sequence.num_unknown_tokens:
+                return True
+            num_missing += max(0, self._num_missing(sequence))
+        return num_missing > self.allocator.num_available
 
     @property
     def num_draftable(self) -> int:
@@ -247,50 +290,66 @@ class Scheduler:
                 f"sequence {sequence.id} may not exceed {sequence.max_num_tokens} tokens, its maximum"
             )
         sequence.token_ids.extend(token_ids)
+        sequence.num_unknown_tokens = max(0, sequence.num_unknown_tokens - len(token_ids))
         if len(token_ids) > 1:
             sequence.num_computed_tokens += len(token_ids) - 1
             register_full_blocks(sequence, self.allocator)
         # What only drafts needed that did not come.
-        surplus = sequence.block_table[self.allocator.num_blocks_for(len(sequence.token_ids)) :]
+        surplus = sequence.block_table[self.allocator.num_blocks_for(sequence.num_expected_tokens) :]
         if surplus:
             del sequence.block_table[-len(surplus) :]
-            self._free(surplus)
+            self._in_flight.free(surplus)
 
     def commit(self, schedule: Schedule) -> None:
         """Account for a step that has run; sequences that have since finished are ignored."""
-        if schedule is self._in_flight:
-            self._note_pace(schedule, self._pace.end(schedule.num_tokens))
+        flight = self._in_flight.of(schedule)
+        if flight is not None and flight is self._in_flight.oldest:
+            self._note_pace(flight)
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
+            if flight is not None and flight.is_counted_on:
+                sequence.num_launched_tokens -= chunk.num_tokens
             self._queue.charge(sequence, chunk.start, chunk.end)
             self._prefixes.hold_virtual(sequence)
             if sequence.logits_from is not None:
                 sequence.logits_from = max(sequence.logits_from, chunk.end)
             register_full_blocks(sequence, self.allocator)
-        if schedule is self._in_flight:
-            self._land()
+        if flight is not None:
+            self._in_flight.land(flight)
 
     def undo(self, schedule: Schedule) -> None:
-        """Give up a step that has not run: sequences that began in it wait again, others go on from where they were."""
+        """Give up the newest step, whose results do not count: sequences that began in it wait again.
+
+        Others go on from where they were before it.
+        """
+        flight = self._in_flight.of(schedule)
+        if flight is not None and flight.is_counted_on:
+            self._count_no_more_on(flight)
         for fill in schedule.prefix_fills:
             self.forget(fill.virtual)  # nothing has been written there
         for sequence in schedule.started:
             if sequence.status is SequenceStatus.RUNNING:
                 self._give_back(sequence)
                 self._queue.enter(sequence)
-        self._land()
+        if flight is not None:
+            self._in_flight.land(flight)
 
-    def _land(self) -> None:
-        """Nothing of the last schedule will still write to a block."""
-        self._in_flight = None
-        self.allocator.free(self._freed_in_flight)
-        self._freed_in_flight.clear()
+    def _count_no_more_on(self, flight: Flight) -> None:
+        is_running = SequenceStatus.RUNNING
+        for chunk in flight.schedule.chunks:
+            if chunk.sequence.status is is_running:
+                chunk.sequence.num_launched_tokens -= chunk.num_tokens
+        for sequence in flight.choosing:
+            if sequence.status is is_running:
+                sequence.num_unknown_tokens -= 1
 
-    def _note_pace(self, schedule: Schedule, seconds: float) -> None:
+    def _note_pace(self, flight: Flight) -> None:
         """Learn from a step how long bulk tokens take, if there is nothing else in it but decodes."""
+        schedule, seconds = flight.schedule, self._in_flight.seconds(flight)
+        self._pace.ran(schedule.num_tokens, seconds)
         num_decodes = sum(chunk.is_decode and not chunk.sequence.is_bulk for chunk in schedule.chunks)
         num_bulk = sum(chunk.num_tokens for chunk in schedule.chunks if chunk.is_bulk)
         if num_decodes + num_bulk == schedule.num_tokens:
@@ -334,8 +393,8 @@ class Scheduler:
         self._running.clear()
         self._paused.clear()
         self._prefixes.clear()
-        self._in_flight = None
-        self._freed_in_flight.clear()
+        self._in_flight.clear()
+        self._lacks_room = False
         self.allocator.clear()
 
     def pause(self, sequence: Sequence) -> None:
@@ -401,20 +460,19 @@ class Scheduler:
     def _unfinished(self) -> tuple[Sequence, ...]:
         return (*self._running, *self._queue.waiting(), *self._paused)
 
-    def _free(self, block_ids: Seq[int]) -> None:
-        if self._in_flight is None:
-            self.allocator.free(block_ids)
-        else:
-            self._freed_in_flight.extend(block_ids)
+    def _num_missing(self, sequence: Sequence) -> int:
+        """Blocks that a running sequence needs for its tokens; below 0 if it has more, and 0 in most steps."""
+        return -(-sequence.num_expected_tokens // self.allocator.block_size) - len(sequence.block_table)
 
     def _cover_tokens(self, step: Step) -> None:
         """Give every running sequence blocks for all its tokens, the first in rank first."""
-        block_size = self.allocator.block_size
         for sequence in tuple(self._running):
-            missing = -(-len(sequence.token_ids) // block_size) - len(sequence.block_table)
+            missing = self._num_missing(sequence)
             if missing <= 0 or sequence.status is not SequenceStatus.RUNNING:
                 continue
             while (lacking := missing - self.allocator.num_available) > 0:
+                if step.is_ahead:
+                    raise RuntimeError("the step in flight must be committed first")
                 if self._prefixes.make_room(lacking, step.prefixes):
                     break
                 if len(self._running) == 1 and self._prefixes.take_one(self._prefixes.of(sequence)):
@@ -509,6 +567,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._queue.stopped(sequence)
         if sequence.placement is not None:
-            sequence.placement.leave()
-        self._free(sequence.block_table)
+            self._in_flight.leave(sequence.placement)
+        self._in_flight.free(sequence.block_table)
         sequence.block_table = []
+        sequence.num_launched_tokens = sequence.num_unknown_tokens = 0

@@ -33,7 +33,7 @@ class Placement(Protocol):
         ...
 
     def leave(self) -> None:
-        """Note that a placed sequence no longer runs after the current step."""
+        """Note that a placed sequence no longer runs, in no step in flight either."""
         ...
 
 
@@ -69,11 +69,15 @@ class Sequence:
         is_internal: the engine's own, not a request's; see ``Scheduler``.
         is_bulk: of a scoring that takes several steps; see ``Step``.
         has_waited: its request has already waited for an adapter, so a full queue does not refuse it.
+        needs_tokens: whether a step must know the tokens before it, as numbers on the host, to choose its next one.
         is_continuation: of a scoring that has begun, which bounds how many there are: a full queue does not refuse it,
             nor does it count towards one.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
-        num_computed_tokens: tokens whose KV is in its blocks.
-        block_table: its blocks in order; while it runs, they cover all its tokens.
+        num_computed_tokens: tokens whose KV is in its blocks, as far as steps are committed.
+        num_launched_tokens: those after them that steps in flight compute; counted where the next step is scheduled
+            before these are committed.
+        num_unknown_tokens: those that steps in flight choose and later ones run; counted in the same case.
+        block_table: its blocks in order; while it runs, they cover all its tokens, unknown ones too.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were reclaimed.
         num_charged: first tokens that its task was charged for (``Shares``), or that it got without computing them.
@@ -107,8 +111,11 @@ class Sequence:
     is_bulk: bool = False
     has_waited: bool = False
     is_continuation: bool = False
+    needs_tokens: bool = False
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
+    num_launched_tokens: int = field(default=0, init=False)
+    num_unknown_tokens: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
     status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
     num_cached_tokens: int = field(default=0, init=False)
@@ -140,14 +147,26 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Its tokens, with those that steps in flight choose and later ones run."""
+        return len(self.token_ids) + self.num_unknown_tokens
+
+    @property
+    def num_reached_tokens(self) -> int:
+        """How many of them are computed, or will be by steps in flight."""
+        return self.num_computed_tokens + self.num_launched_tokens
+
+    @property
     def num_left(self) -> int:
-        """Tokens whose KV is not computed yet."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens, unknown ones too, that no step computes yet."""
+        num_expected = len(self.token_ids) + self.num_unknown_tokens
+        return num_expected - self.num_computed_tokens - self.num_launched_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """Whether it runs, and all but its last token, one of the output, is computed."""
-        return self.status is SequenceStatus.RUNNING and self.num_left == 1 and self.num_output_tokens > 0
+        """Whether it runs, and all but its last token, one of the output and known, is computed."""
+        is_running = self.status is SequenceStatus.RUNNING and not self.num_unknown_tokens
+        return is_running and self.num_left == 1 and self.num_output_tokens > 0
 
     @property
     def num_scored(self) -> int:
@@ -170,6 +189,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """How many tokens came after the prompt."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_expected_output_tokens(self) -> int:
+        """How many came after the prompt, with those that steps in flight choose and later ones run."""
+        return self.num_expected_tokens - self.num_prompt_tokens
 
     @property
     def is_finished(self) -> bool:

@@ -32,12 +32,15 @@ class Step:
         hopeless: waiting sequences that cannot meet their deadlines.
         without_slot: sequences that wait for a slot, by rank.
         are_slots_reserved: whether one of them has waited long enough: nothing after it gets a slot.
+        is_ahead: whether another step is in flight, so that blocks given up now are not free yet.
+        lacks_room: whether something could start if blocks that are given up were free at once.
     """
 
     budget: int
     max_bulk: int
     rank: Callable[[Sequence], Rank]
     bulk_limit: Callable[[int], int | None]
+    is_ahead: bool = False
     chunks: list[Chunk] = field(default_factory=list)
     prefix_fills: list[PrefixFill] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -47,6 +50,7 @@ class Step:
     hopeless: list[Sequence] = field(default_factory=list)
     without_slot: list[Sequence] = field(default_factory=list)
     are_slots_reserved: bool = False
+    lacks_room: bool = False
     num_queries: int = 0
     num_hits: int = 0
     _num_decodes: int = 0
@@ -162,5 +166,5 @@ class Step:
         return self.budget
 
     def _add(self, sequence: Sequence, num_tokens: int) -> None:
-        self.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+        self.chunks.append(Chunk(sequence, sequence.num_reached_tokens, num_tokens))
         self.budget -= num_tokens

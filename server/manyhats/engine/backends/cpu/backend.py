@@ -38,6 +38,11 @@ class CpuBackend:
         """No."""
         return False
 
+    @property
+    def runs_ahead(self) -> bool:
+        """No: a forward returns once it is computed."""
+        return False
+
     def prepare(
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> CpuModel:

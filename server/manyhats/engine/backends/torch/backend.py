@@ -58,6 +58,11 @@ class TorchBackend:
         """A GPU has."""
         return self._device.type != "cpu"
 
+    @property
+    def runs_ahead(self) -> bool:
+        """No: a plan's tokens are read on the host."""
+        return False
+
     def prepare(
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> Model[Any, Any]:
