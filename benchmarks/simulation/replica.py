@@ -79,6 +79,7 @@ class _Slots:
     """Adapters take memory and no time but to load."""
 
     num_bytes: int
+    memory: None = None
 
     def pack(self, lowered: LoweredAdapter) -> _Packed:
         return _Packed(self.num_bytes)

@@ -26,6 +26,8 @@ _WORDING = Wording(error=lambda name, problem: FieldInvalidError(f"engine.{name}
 
 DEFAULT_KV_CACHE_BYTES = 1024 * MIB
 """On a CPU."""
+_MOST_GPU_ADAPTER_BYTES = 2048 * MIB
+"""Unless a setting says otherwise: what the host can spare, a GPU often cannot."""
 _ENCODER_STEP = 4
 """Times the tokens of a step: enough that what it costs besides them is little, few enough for the caches."""
 
@@ -100,7 +102,16 @@ class EngineConfig:
         unit="bytes",
         at_least=1,
         group=_LIMITS,
-        help="Memory of the loaded adapters.",
+        help="Memory of the loaded adapters, on a GPU the host's.",
+    )
+    gpu_adapter_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        at_least=1,
+        group=_LIMITS,
+        shown="--adapter-memory-bytes, at most 2GiB",
+        help="A GPU's memory for the adapters that requests run on at once; others are copied to it when it is "
+        "their turn.",
     )
     max_waiting: int = setting(1024, at_least=1, group=_LIMITS, help="Requests that may wait.")
     max_waiting_tokens: int = setting(
@@ -172,9 +183,15 @@ def limits_of(config: EngineConfig, architecture: Architecture) -> Limits:
     return Limits(
         max_rows=scheduler_config(config, architecture).max_num_batched_tokens,
         max_sequences=config.max_num_sequences,
-        adapter_bytes=config.max_adapter_bytes,
+        adapter_bytes=_gpu_adapter_bytes(config),
         memory_fraction=config.gpu_memory_fraction,
     )
+
+
+def _gpu_adapter_bytes(config: EngineConfig) -> int:
+    if config.gpu_adapter_bytes is None:
+        return min(config.max_adapter_bytes, _MOST_GPU_ADAPTER_BYTES)
+    return config.gpu_adapter_bytes
 
 
 def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:

@@ -105,6 +105,7 @@ class Engine:
         self.grammars.close()
         self.loop.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.loop.join, step_limit_s)
+        self._residency.close()
 
     @property
     def is_alive(self) -> bool:

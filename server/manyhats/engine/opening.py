@@ -81,11 +81,12 @@ def open_engine(
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, taken or TakenProcessors(), warm_up)
     residency = AdapterResidency(
-        slots, config.max_loaded_adapters, config.max_adapter_bytes, load, capacity, loop.forget
+        slots, config.max_loaded_adapters, config.max_adapter_bytes, load, capacity, loop.forget, loop.wake
     )
     probe = AdapterProbe(
         loop,
         slots,
+        residency.device,
         probe_slot,
         prompt=probe_prompt(model.tokenizer, model.architecture.vocab_size),
         embeddings=model.weights.embedding,

@@ -467,6 +467,8 @@ async def test_no_slot_is_cleared_while_a_step_that_names_it_is_left_to_run(mode
 class NoSlots:
     """Slots of adapters that have no numbers."""
 
+    memory = None
+
     def pack(self, adapter: LoweredAdapter) -> Any:
         return SimpleNamespace(num_bytes=1)
 

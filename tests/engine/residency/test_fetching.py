@@ -21,6 +21,8 @@ from support.harnesses.engine import digest_of, make_record, until
 class NoSlots:
     """Slots of adapters that have no numbers."""
 
+    memory = None
+
     def pack(self, adapter: LoweredAdapter) -> Any:
         return SimpleNamespace(num_bytes=1)
 

@@ -31,6 +31,8 @@ class Packed:
 class Slots:
     """``AdapterSlots`` of adapters whose sizes are given."""
 
+    memory = None
+
     def pack(self, adapter: LoweredAdapter) -> Packed:
         return Packed(next(size for name, size in SIZES.items() if digest_of(name) == adapter.digest))
 

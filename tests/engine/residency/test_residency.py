@@ -33,6 +33,8 @@ class TenBytes:
 class Slots:
     """``AdapterSlots`` that note which adapter each slot holds."""
 
+    memory = None
+
     def __init__(self) -> None:
         self.held: dict[int, str] = {}
 

@@ -22,6 +22,8 @@ BLOCK_SIZE = 3
 class WatchedSlots:
     """``AdapterSlots`` that know which of them the step at hand names."""
 
+    memory = None
+
     def __init__(self) -> None:
         self.held: dict[int, object] = {}
         self.named: set[int] = set()

@@ -16,6 +16,7 @@ from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.backends.torch.adapters import TorchAdapter, TorchAdapterSlots
 from manyhats.engine.backends.torch.texts import Texts
@@ -52,8 +53,10 @@ class Served:
     ) -> None:
         self.architecture = architecture or odd_architecture()
         device = torch.device(DEVICE)
-        self.slots = CudaAdapterSlots(self.architecture, len(adapters) + 1, ARENA_BYTES, LARGEST, device)
-        self.slots._memory.fill_(0xFF)  # NaN, whatever it is taken for
+        self.slots = CudaAdapterSlots(
+            self.architecture, len(adapters) + 1, ARENA_BYTES, LARGEST, runtime_on(device)
+        )
+        self.slots.memory.buffer.fill_(0xFF)  # NaN, whatever it is taken for
         self.layout = self.slots.layout
         self.torch: dict[int, TorchAdapter] = {}
         oracle = TorchAdapterSlots(torch.bfloat16)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.choosing import Choosing, Tiles
 from manyhats.engine.backends.cuda.logits import DeviceLogits, Finisher
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.torch.choosing import choose_row
 from manyhats.engine.backends.wants import NO_TARGETS, Choices, Outcome, Targets, Wants
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of
@@ -23,8 +24,8 @@ NEAR = 1e-6
 
 def finisher(vocab_size: int, tiles: Tiles | None = None, rows: int = 9) -> Finisher:
     """For steps of a vocabulary; its memory has to grow."""
-    device = torch.device(DEVICE)
-    return Finisher(Choosing(device, rows, rows, vocab_size, tiles), device, room=64)
+    runtime = runtime_on(torch.device(DEVICE))
+    return Finisher(Choosing(runtime.device, rows, rows, vocab_size, tiles), runtime, room=64)
 
 
 def wants_of(

@@ -58,11 +58,48 @@ class Packed(Protocol):
 PackedT = TypeVar("PackedT", bound=Packed)
 
 
+class AdapterMemory(Protocol):
+    """A device's own memory for adapters: they are copied to it, and it may be full. Callable from any thread."""
+
+    @property
+    def num_bytes(self) -> int:
+        """In all."""
+        ...
+
+    @property
+    def num_free_bytes(self) -> int:
+        """Which no adapter has; an adapter may need more of them than lie together."""
+        ...
+
+    @property
+    def num_copied_bytes(self) -> int:
+        """Copied to it since the start."""
+        ...
+
+    def bytes_of(self, packed: Any) -> int:
+        """What a packed adapter takes of it."""
+        ...
+
+    def evictions(self, num_bytes: int, idle: Sequence[int]) -> Sequence[int] | None:
+        """Which slots to empty so that this many bytes have room; None if emptying all is not enough.
+
+        Args:
+            num_bytes: of one adapter.
+            idle: slots that may be emptied; no more of the first ones are than it takes.
+        """
+        ...
+
+
 class AdapterSlots(Protocol[PackedT]):
     """The adapters that rows can run on, by slot. Slot 0 is the base model and stays empty.
 
     Every method may be called from any thread, during steps that do not use the slot.
     """
+
+    @property
+    def memory(self) -> AdapterMemory | None:
+        """The device's memory that ``place`` copies adapters to, beside steps; None if it returns at once."""
+        ...
 
     def pack(self, adapter: LoweredAdapter) -> PackedT:
         """Lay out an adapter's matrices; slow.
@@ -73,11 +110,17 @@ class AdapterSlots(Protocol[PackedT]):
         ...
 
     def place(self, slot: int, packed: PackedT) -> None:
-        """Put a packed adapter into an empty slot; the next step may use it."""
+        """Put a packed adapter into an empty slot; the next step may use it.
+
+        With ``memory``, it waits for a copy: the thread that runs steps does not call it.
+
+        Raises:
+            MemoryError: ``memory`` has no room for it.
+        """
         ...
 
     def clear(self, slot: int) -> None:
-        """Empty a slot. No step still to run may use it."""
+        """Empty a slot, without waiting. No step that is launched or still to run may use it."""
         ...
 
 

@@ -12,7 +12,7 @@ class Limits:
     Attributes:
         max_rows: of a step.
         max_sequences: that run at once.
-        adapter_bytes: of the loaded adapters.
+        adapter_bytes: of the device's memory, for the adapters in its slots.
         memory_fraction: of the device's memory.
     """
 

@@ -26,7 +26,7 @@ class DeviceMemory:
         total: of the card.
         used: by whatever, the weights among it.
         step: what the largest step takes besides: ``peak − current`` of running it once.
-        adapters: what loaded adapters may take.
+        adapters: what adapters in slots may take.
         fraction: of ``total`` that may be taken.
     """
 
@@ -55,7 +55,7 @@ class DeviceMemory:
             raise ModelError(
                 f"the GPU's memory leaves no room for the KV cache: of {_gib(self.total)}, {self.fraction:g} may be "
                 f"taken; {_gib(self.used)} are in use, a step takes {_gib(self.step)}, adapters may take "
-                f"{_gib(self.adapters)}. A larger --gpu-memory-fraction, a smaller --adapter-memory-bytes or "
+                f"{_gib(self.adapters)}. A larger --gpu-memory-fraction, a smaller --gpu-adapter-bytes or "
                 "--max-batched-tokens, or a smaller model leaves more"
             )
         return num_blocks * block_bytes

@@ -10,7 +10,7 @@ import torch
 
 from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import Model
+from manyhats.engine.backends.backend import Logits, Model
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.backends.wants import NO_TARGETS, NO_WANTS, Choices, Wants
 from manyhats.engine.errors import ModelError
@@ -33,12 +33,18 @@ def run_one(
     """
     adapters.place(slot, adapters.pack(every_primitive(model.architecture)))
     try:
-        is_encoder = model.architecture.head is None
-        logits = model.forward(_one_token(slot, is_encoder), cache, adapters)
+        _check(
+            model,
+            model.forward(_one_token(slot, model.architecture.head is None), cache, adapters),
+            before_choosing,
+        )
     finally:
-        adapters.clear(slot)
+        adapters.clear(slot)  # after the step that names it
+
+
+def _check(model: Model[Any, Any], logits: Logits, before_choosing: Callable[[], None]) -> None:
     before_choosing()
-    if is_encoder:
+    if model.architecture.head is None:
         if not np.isfinite(logits.finish(NO_WANTS).result().hidden).all():
             raise ModelError("the model's hidden values are not finite: are its weights intact?")
         return

@@ -22,6 +22,7 @@ from manyhats.engine.backends.wants import Logits
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.loop.private_run import PrivateRun
 from manyhats.engine.loop.thread import Loop
+from manyhats.engine.residency.tiers import DeviceTier
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from manyhats.engine.text.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class AdapterProbe:
     Args:
         loop: runs the prompts.
         slots: the engine's.
+        tier: makes room on the device.
         slot: reserved for probes, so that they neither evict an adapter nor wait for one.
         prompt: the fixed token ids.
         embeddings: [V, D], the base's.
@@ -47,6 +49,7 @@ class AdapterProbe:
         self,
         loop: Loop,
         slots: AdapterSlots[Any],
+        tier: DeviceTier,
         slot: int,
         *,
         prompt: tuple[int, ...],
@@ -56,6 +59,7 @@ class AdapterProbe:
     ) -> None:
         self._loop = loop
         self._slots = slots
+        self._tier = tier
         self._slot = slot
         self._prompt = prompt
         self._embeddings = embeddings
@@ -74,7 +78,7 @@ class AdapterProbe:
 
         Raises:
             AdapterInvalidError: its logits are not finite, but the base's are.
-            AdapterTooLargeError: its virtual tokens leave no room for the prompt.
+            AdapterTooLargeError: its virtual tokens leave no room for the prompt, or the device has none for it.
             EngineError: the engine cannot run it, or has ended.
         """
         token_ids = (*self._prompt, *changed_tokens(adapter.deltas, self._embeddings, _MAX_OWN_TOKENS))
@@ -101,15 +105,15 @@ class AdapterProbe:
 
     def _adapter_logits(self, adapter: LoweredAdapter, token_ids: tuple[int, ...]) -> Logits:
         try:
-            self._slots.place(self._slot, self._slots.pack(adapter))
-            virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
-            return self._run(token_ids, self._slot, virtual)
+            with self._tier.holding(
+                self._slot, self._slots.pack(adapter)
+            ):  # a run's steps end before it does
+                virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
+                return self._run(token_ids, self._slot, virtual)
         except NumericalError as error:
             raise AdapterInvalidError(
                 "logits", "are not finite with this adapter, but are without it: its values overflow"
             ) from error
-        finally:
-            self._slots.clear(self._slot)  # no step uses it any more, however the job ended
 
     def _run(self, token_ids: tuple[int, ...], slot: int = 0, virtual: VirtualTokens | None = None) -> Logits:
         run = PrivateRun(self._loop.new_id(), token_ids, slot, virtual, is_whole=self._is_encoder)

@@ -56,6 +56,10 @@ class AdapterResidency:
         load: reads and lowers them.
         kv_capacity: of the KV cache, in tokens.
         forget: frees the blocks of virtual tokens, at once or soon.
+        wake: called, on any thread, when there may be a slot for a sequence that waits for a copy.
+
+    Attributes:
+        device: which adapters have slots.
     """
 
     def __init__(
@@ -66,9 +70,10 @@ class AdapterResidency:
         load: LoadAdapter,
         kv_capacity: int,
         forget: Callable[[VirtualTokens], None],
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._slots = slots
-        self._device = DeviceTier(slots, num_slots)
+        self.device = DeviceTier(slots, num_slots, wake)
         self._load = load
         self._kv_capacity = kv_capacity
         self._forget_virtual = forget
@@ -85,12 +90,16 @@ class AdapterResidency:
         """A snapshot."""
         with self._lock:
             return replace(
-                self._stats, num_slot_evictions=self._device.num_evictions, pinned_bytes=self._pinned_bytes
+                self._stats, num_slot_evictions=self.device.num_evictions, pinned_bytes=self._pinned_bytes
             )
 
     @property
     def _pinned_bytes(self) -> int:
         return sum(adapter.num_bytes for adapter in self._adapters.values() if adapter.is_pinned)
+
+    def close(self) -> None:
+        """Copy nothing more to the device, once no step runs."""
+        self.device.close()
 
     def call_on_room(self, callback: Callable[[], None]) -> None:
         """Call ``callback``, on any thread, whenever there may be room for one more adapter."""
@@ -162,7 +171,7 @@ class AdapterResidency:
             with self._lock:
                 self._account(adapter, packed, time.monotonic() - started)
             if adapter.placement is not None:
-                self._device.fill_free(adapter.placement)
+                self.device.fill_free(adapter.placement)
         except BaseException as error:  # noqa: BLE001 whatever it was, those who wait must see it
             self.give_up(record, error)
             return
@@ -247,8 +256,10 @@ class AdapterResidency:
 
         Raises:
             FieldInvalidError: the KV cache cannot hold its virtual tokens and one more token.
+            AdapterTooLargeError: the device's memory for adapters cannot hold it.
         """
         packed: Packed = self._slots.pack(lowered)
+        self.device.check_fits(packed)
         prefix = lowered.prefix
         if prefix is not None and prefix.num_virtual_tokens >= self._kv_capacity:
             raise FieldInvalidError(
@@ -259,7 +270,7 @@ class AdapterResidency:
         adapter.head = lowered.head
         adapter.vocab_size = lowered.vocab_size
         if lowered.deltas or (prefix is None and lowered.head is None):
-            adapter.placement = PlacedAdapter(self._device, packed)
+            adapter.placement = PlacedAdapter(self.device, packed)
         return packed
 
     def _account(self, adapter: ResidentAdapter, packed: Packed, seconds: float) -> None:
@@ -305,7 +316,7 @@ class AdapterResidency:
         adapter = self._adapters.pop(digest)
         self._held.discard(adapter)
         if adapter.placement is not None:
-            self._device.remove(adapter.placement)
+            self.device.remove(adapter.placement)
         if adapter.virtual is not None:
             self._forget_virtual(adapter.virtual)
         self._stats = replace(self._stats, resident_bytes=self._stats.resident_bytes - adapter.num_bytes)

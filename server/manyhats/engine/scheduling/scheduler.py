@@ -97,6 +97,7 @@ class Scheduler:
         self._admissions = Admissions(config, allocator, self._prefixes)
         self._has_put_off = False
         self._lacks_room = False
+        self._awaits_copy = False  # the last schedule left out a sequence whose adapter is not there yet
 
     @property
     def rate(self) -> FinishRate:
@@ -120,9 +121,9 @@ class Scheduler:
 
     @property
     def is_held_back(self) -> bool:
-        """Whether some wait and none runs, since each that waits is of a task at one of its limits."""
+        """Whether some wait and none runs, since each is of a task at one of its limits, or for an adapter's copy."""
         is_waiting = not self._running and len(self._queue) > 0
-        return is_waiting and next(iter(self._queue), None) is None
+        return is_waiting and (self._awaits_copy or next(iter(self._queue), None) is None)
 
     @property
     def has_work(self) -> bool:
@@ -213,6 +214,7 @@ class Scheduler:
             self._bulk_pace.limit,
             is_ahead=bool(self._in_flight),
         )
+        self._awaits_copy = False
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
@@ -395,6 +397,7 @@ class Scheduler:
         self._prefixes.clear()
         self._in_flight.clear()
         self._lacks_room = False
+        self._awaits_copy = False
         self.allocator.clear()
 
     def pause(self, sequence: Sequence) -> None:
@@ -533,15 +536,17 @@ class Scheduler:
         """Whether there is no slot for a waiting sequence that needs one, or one before it is to have the next."""
         if sequence.placement is None or (not step.are_slots_reserved and sequence.placement.can_place()):
             return False
+        self._awaits_copy |= sequence.placement.is_coming()
         step.without_slot.append(sequence)
         step.are_slots_reserved |= sequence.num_passed >= _MAX_PASSED
         return True
 
     def _take_turn(self, sequence: Sequence) -> bool:
-        """Move a sequence from those that wait to those that run, unless a load has just taken the last slot."""
+        """Move a sequence from those that wait to those that run, unless its slot is still to come, or just gone."""
         if sequence.placement is not None:
             slot = sequence.placement.place()
             if slot is None:
+                self._awaits_copy |= sequence.placement.is_coming()
                 return False
             sequence.slot = slot
         sequence.status = SequenceStatus.RUNNING

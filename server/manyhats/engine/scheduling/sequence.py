@@ -29,7 +29,14 @@ class Placement(Protocol):
         ...
 
     def place(self) -> int | None:
-        """The slot of a sequence that starts to run, kept for it until ``leave``; None if there is none now."""
+        """The slot of a sequence that starts to run, kept for it until ``leave``; None if there is none yet.
+
+        The first call begins what takes time; see ``is_coming``.
+        """
+        ...
+
+    def is_coming(self) -> bool:
+        """Whether an adapter is being copied: there may be a slot at the end, which wakes the scheduler's caller."""
         ...
 
     def leave(self) -> None:

@@ -36,6 +36,7 @@ from manyhats.engine.backends.cuda.record import (
     LinearWord,
     PrefixWord,
 )
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import COUPLINGS, Architecture, Experts, Norm
@@ -63,7 +64,8 @@ def bottleneck(site: Site = Site(1, "attention"), size: int = 3) -> Bottleneck: 
 
 
 def new_slots(architecture: Architecture | None = None, *, num_bytes: int = 1 << 18) -> CudaAdapterSlots:
-    return CudaAdapterSlots(architecture or odd_architecture(), 4, num_bytes, LARGEST, torch.device(DEVICE))
+    runtime = runtime_on(torch.device(DEVICE))
+    return CudaAdapterSlots(architecture or odd_architecture(), 4, num_bytes, LARGEST, runtime)
 
 
 def pack(slots: CudaAdapterSlots, *deltas: Delta) -> None:
@@ -239,15 +241,15 @@ def test_experts_deltas_are_in_a_table_whose_addresses_count_from_it() -> None:
 
 def test_an_empty_slots_record_is_zero_and_its_memory_free_again() -> None:
     slots = new_slots()
-    free = slots.num_free_bytes
+    free = slots.memory.num_free_bytes
     packed = slots.pack(LoweredAdapter("x", (lora(), bottleneck())))
     for slot in (2, 3):
         slots.place(slot, packed)
-    assert slots.num_free_bytes == free - 2 * -(-packed.numbers.numel() // 256) * 256
+    assert slots.memory.num_free_bytes == free - 2 * -(-packed.numbers.numel() // 256) * 256
     assert slots.records[2].count_nonzero() == slots.records[3].count_nonzero() > 0
     for slot in (2, 3, 3):
         slots.clear(slot)
-    assert slots.num_free_bytes == free
+    assert slots.memory.num_free_bytes == free
     assert not slots.records.any()
 
 
@@ -256,7 +258,7 @@ def test_an_adapter_that_does_not_fit_leaves_everything_as_it_was() -> None:
     packed = slots.pack(LoweredAdapter("x", (lora(rank=20),)))
     with pytest.raises(ArenaFullError):
         slots.place(1, packed)
-    assert slots.num_free_bytes == 4096
+    assert slots.memory.num_free_bytes == 4096
     assert not slots.records.any()
     small = slots.pack(LoweredAdapter("x", (Affine(Site(1, "q_proj"), normal(1, 48), None),)))
     slots.place(1, small)
@@ -264,11 +266,11 @@ def test_an_adapter_that_does_not_fit_leaves_everything_as_it_was() -> None:
 
 def test_a_copy_that_fails_gives_its_memory_back() -> None:
     slots = new_slots()
-    free = slots.num_free_bytes
+    free = slots.memory.num_free_bytes
     packed = slots.pack(LoweredAdapter("x", (lora(),)))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="broadcast"):
         slots.place(1, replace(packed, record=packed.record[:-1]))
-    assert slots.num_free_bytes == free
+    assert slots.memory.num_free_bytes == free
     slots.place(1, packed)
 
 
@@ -283,7 +285,7 @@ def test_an_adapter_serves_from_wherever_it_was_placed_last() -> None:
         return found
 
     before = changed([1, 2, 3, 0])
-    packed = {slot: served.slots._placed[slot][0] for slot in (1, 2, 3)}
+    packed = {slot: served.slots._placed[slot] for slot in (1, 2, 3)}
     for slot in (1, 2, 3):
         served.slots.clear(slot)
     assert torch.equal(changed([1, 2, 3, 0]), y)

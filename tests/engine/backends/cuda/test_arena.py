@@ -47,6 +47,29 @@ class ArenaMachine(RuleBasedStateMachine):
         self.units |= dict.fromkeys(taken, region)
         return region
 
+    @rule(num_bytes=st.integers(0, NUM_BYTES), data=st.data())
+    def evict(self, num_bytes: int, data: st.DataObject) -> None:
+        """As few of the first regions as make room, and of these only what the room is made of."""
+        used = sorted(set(self.units.values()))
+        candidates = data.draw(st.permutations(used)) if used else []
+        count = next((n for n in range(len(candidates) + 1) if self.fits(num_bytes, candidates[:n])), None)
+        evicted = self.arena.evictions(num_bytes, candidates)
+        if count is None:
+            assert evicted is None
+            return
+        assert evicted is not None
+        assert set(evicted) <= set(candidates[:count])
+        assert self.fits(num_bytes, evicted)
+        assert evicted == [each for each in candidates if each in evicted]
+
+    def fits(self, num_bytes: int, without: list[Region]) -> bool:
+        arena = Arena(NUM_BYTES)
+        arena._free = list(self.arena.free_regions)
+        arena._used = {region.begin: region for region in self.units.values()}
+        for region in without:
+            arena.free(region)
+        return any(region.num_bytes >= num_bytes for region in arena.free_regions)
+
     @rule(region=consumes(regions))
     def free(self, region: Region | None) -> None:
         if region is not None:

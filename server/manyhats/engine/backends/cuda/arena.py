@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 256
@@ -27,6 +28,11 @@ class Region:
     def end(self) -> int:
         """The byte behind it."""
         return self.begin + self.num_bytes
+
+
+def aligned(num_bytes: int) -> int:
+    """The bytes of a region of at least so many, and of at least one."""
+    return max(1, -(-num_bytes // ALIGNMENT)) * ALIGNMENT
 
 
 class Arena:
@@ -59,7 +65,7 @@ class Arena:
         Raises:
             ArenaFullError: none is large enough.
         """
-        size = max(1, -(-num_bytes // ALIGNMENT)) * ALIGNMENT
+        size = aligned(num_bytes)
         fitting = [region for region in self._free if region.num_bytes >= size]
         if not fitting:
             raise ArenaFullError(size, max((region.num_bytes for region in self._free), default=0))
@@ -69,6 +75,28 @@ class Arena:
         self._free[at : at + 1] = [rest] if rest.num_bytes else []
         given = self._used[found.begin] = Region(found.begin, size)
         return given
+
+    def evictions(self, num_bytes: int, candidates: Sequence[Region]) -> list[Region] | None:
+        """Which regions in use to take back so that ``allocate`` finds room; None if all are not enough.
+
+        They are taken in their order until there is a hole that is large enough; those outside of it stay.
+
+        Args:
+            num_bytes: to be allocated.
+            candidates: the regions that may be taken back, the first ones rather than later ones.
+        """
+        size = aligned(num_bytes)
+        if any(region.num_bytes >= size for region in self._free):
+            return []
+        begins = {region.begin: region for region in self._free}
+        ends = {region.end: region for region in self._free}
+        for index, region in enumerate(candidates):
+            begin = ends.pop(region.begin, region).begin
+            end = begins.pop(region.end, region).end
+            if end - begin >= size:
+                return [each for each in candidates[: index + 1] if begin <= each.begin < end]
+            begins[begin] = ends[end] = Region(begin, end - begin)
+        return None
 
     def free(self, region: Region) -> None:
         """Take a region back.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-
-import numpy as np
-import torch
 from torch import Tensor
 
+from manyhats.engine.backends.cuda.runtime import Runtime
 from manyhats.engine.backends.cuda.wanted import Bytes
 
 
@@ -17,40 +14,47 @@ def grown(num_bytes: int) -> int:
 
 
 class HostBytes:
-    """Memory of the host as a tensor and as an array; pinned, so that copies go on beside the host's work."""
+    """Memory of the host that grows.
 
-    def __init__(self, is_pinned: bool, room: int) -> None:
-        self._is_pinned = is_pinned
-        self.tensor: Tensor
-        self.array: Bytes
-        self._allocate(room)
+    Args:
+        runtime: of the device it is copied from and to.
+        room: bytes to begin with.
+    """
+
+    def __init__(self, runtime: Runtime, room: int) -> None:
+        self._runtime = runtime
+        self._size = room
+        self._memory = runtime.host_memory(room)
+
+    @property
+    def tensor(self) -> Tensor:
+        """To copy from and to."""
+        return self._memory.tensor
+
+    @property
+    def array(self) -> Bytes:
+        """To read and write while no copy that is launched does."""
+        return self._memory.array
 
     def make_room(self, num_bytes: int) -> None:
         """Make room for this many; if that takes other memory, the content goes."""
-        if len(self.array) < num_bytes:
-            self._allocate(grown(num_bytes))
-
-    def _allocate(self, size: int) -> None:
-        self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
-        memory = (ctypes.c_uint8 * size).from_address(self.tensor.data_ptr())
-        self.array = np.ctypeslib.as_array(memory)  # what numpy() gives, which also waits for a device
+        if self._size < num_bytes:
+            self._size = grown(num_bytes)
+            self._memory = self._runtime.host_memory(self._size)
 
 
 class Exchange:
     """The memory of one step in flight, and the event at which what was found has come."""
 
-    def __init__(self, device: torch.device, room: int) -> None:
-        is_cuda = device.type == "cuda"
-        self.wants = HostBytes(is_cuda, room)
-        self.found = HostBytes(is_cuda, room)
-        self._event = torch.cuda.Event() if is_cuda else None
+    def __init__(self, runtime: Runtime, room: int) -> None:
+        self.wants = HostBytes(runtime, room)
+        self.found = HostBytes(runtime, room)
+        self._event = runtime.new_event()
 
     def record(self) -> None:
         """Note that the copies are launched."""
-        if self._event is not None:
-            self._event.record()
+        self._event.record()
 
     def wait(self) -> None:
         """Wait for them."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._event.synchronize()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.choosing import AtMost, Choosing
 from manyhats.engine.backends.cuda.exchange import Exchange, grown
 from manyhats.engine.backends.cuda.outcome import outcome_of
-from manyhats.engine.backends.cuda.wanted import Field, Found, Pairs, Upload
+from manyhats.engine.backends.cuda.runtime import Runtime
+from manyhats.engine.backends.cuda.wanted import Bytes, Field, Found, Pairs, Upload
 from manyhats.engine.backends.wants import Outcome, Wants, check_ids
+
+ReadT = TypeVar("ReadT")
 
 
 class Finisher:
@@ -22,27 +29,27 @@ class Finisher:
 
     Args:
         choosing: the kernels.
-        device: where they run.
+        runtime: of the device where they run.
         room: bytes to begin with, for each of both and on either side.
     """
 
-    def __init__(self, choosing: Choosing, device: torch.device, room: int = 1 << 20) -> None:
+    def __init__(self, choosing: Choosing, runtime: Runtime, room: int = 1 << 20) -> None:
         self.choosing = choosing
-        self._device = device
+        self._runtime = runtime
         self._room = room
         self._idle: list[Exchange] = []
-        self.wants = torch.empty(room, dtype=torch.uint8, device=device)
-        self.found = torch.empty(room, dtype=torch.uint8, device=device)
+        self.wants = torch.empty(room, dtype=torch.uint8, device=runtime.device)
+        self.found = torch.empty(room, dtype=torch.uint8, device=runtime.device)
 
     def upload(self, upload: Upload) -> Exchange:
         """Launch the copy of what is wanted, from memory that no other step in flight has."""
-        exchange = self._idle.pop() if self._idle else Exchange(self._device, self._room)
+        exchange = self._idle.pop() if self._idle else Exchange(self._runtime, self._room)
         num_bytes = upload.num_bytes
         exchange.wants.make_room(num_bytes)
         upload.write(exchange.wants.array)
         if len(self.wants) < num_bytes:
             self.wants = self.wants.new_empty(grown(num_bytes))
-        self.wants[:num_bytes].copy_(exchange.wants.tensor[:num_bytes], non_blocking=True)
+        self._runtime.copy(self.wants[:num_bytes], exchange.wants.tensor[:num_bytes])
         return exchange
 
     def make_room(self, num_bytes: int) -> None:
@@ -53,12 +60,15 @@ class Finisher:
     def download(self, exchange: Exchange, num_bytes: int) -> None:
         """Launch the copy of what was found."""
         exchange.found.make_room(num_bytes)
-        exchange.found.tensor[:num_bytes].copy_(self.found[:num_bytes], non_blocking=True)
+        self._runtime.copy(exchange.found.tensor[:num_bytes], self.found[:num_bytes])
         exchange.record()
 
-    def take_back(self, exchange: Exchange) -> None:
-        """Keep the memory for another step."""
+    def collect(self, exchange: Exchange, read: Callable[[Bytes], ReadT]) -> ReadT:
+        """Wait for what was found and read it, all of it: the memory is then another step's."""
+        exchange.wait()
+        found = read(exchange.found.array)
         self._idle.append(exchange)
+        return found
 
 
 class DevicePending:
@@ -78,9 +88,8 @@ class DevicePending:
     def result(self) -> Outcome:
         """Wait for the outcome; nothing else does."""
         if self._outcome is None:
-            self._exchange.wait()
-            self._outcome = outcome_of(self.found, self._pairs, self._exchange.found.array)
-            self._finisher.take_back(self._exchange)
+            read = partial(outcome_of, self.found, self._pairs)
+            self._outcome = self._finisher.collect(self._exchange, read)
         return self._outcome
 
 

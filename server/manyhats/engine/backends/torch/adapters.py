@@ -42,6 +42,11 @@ class TorchAdapterSlots:
         self.placed: dict[int, TorchAdapter] = {}
         self._dtype = dtype
 
+    @property
+    def memory(self) -> None:
+        """Placing takes no time."""
+        return None
+
     def pack(self, adapter: LoweredAdapter) -> TorchAdapter:
         """Its deltas, sorted by site."""
         deltas = [self._kept(delta) for delta in adapter.deltas]

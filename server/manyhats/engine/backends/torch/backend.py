@@ -101,7 +101,8 @@ class TorchBackend:
         """Empty adapter slots."""
         if self._by_row:
             return TorchAdapterSlots(torch_dtype(dtype))
-        return DeviceAdapterSlots(torch_dtype(dtype), self._dtype, self._device)
+        num_bytes = None if self._limits is None else self._limits.adapter_bytes
+        return DeviceAdapterSlots(torch_dtype(dtype), self._dtype, self._device, num_bytes)
 
     def start_thread(self) -> None:
         """Nothing to prepare."""

@@ -231,6 +231,11 @@ class CpuAdapterSlots:
         # What few adapters have is looked for slot by slot, and not at all where none has it.
         self._has_embeddings = self._has_heads = False
 
+    @property
+    def memory(self) -> None:
+        """Placing takes no time."""
+        return None
+
     def pack(self, adapter: LoweredAdapter) -> PackedAdapter:
         """Copies the adapter's numbers into a memory of its own."""
         num_values = sum(_num_matrix_values(delta) for delta in adapter.deltas)

@@ -23,6 +23,7 @@ from manyhats.adapters.primitives import (
     by_site,
 )
 from manyhats.adapters.sites import Site
+from manyhats.engine.backends.torch.batched.adapter_memory import CountedMemory
 
 _ALIGNMENT = 256
 _MATRICES = frozenset(("a", "b", "rows", "weight", "down", "up"))
@@ -70,9 +71,13 @@ class DeviceAdapterSlots:
         stored: dtype that matrices are rounded to.
         computed: dtype of linears' inputs, which the matrices of low rank and of heads have.
         device: where they lie.
+        num_bytes: of the device's memory that they may take; None for any.
     """
 
-    def __init__(self, stored: torch.dtype, computed: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, stored: torch.dtype, computed: torch.dtype, device: torch.device, num_bytes: int | None = None
+    ) -> None:
+        self.memory = None if num_bytes is None else CountedMemory(num_bytes)
         self.placed: dict[int, DeviceAdapter] = {}
         self._stored = stored
         self._computed = computed
@@ -96,7 +101,13 @@ class DeviceAdapterSlots:
         return HostAdapter([_mapped(delta, kept) for delta in rounded], buffer, adapter.vocab_size)
 
     def place(self, slot: int, packed: HostAdapter) -> None:
-        """Queues the copy of its buffer, ahead of the steps that use the slot."""
+        """Queues the copy of its buffer, ahead of the steps that use the slot.
+
+        Raises:
+            MemoryError: ``memory`` has no room for it.
+        """
+        if self.memory is not None:
+            self.memory.take(slot, packed.num_bytes)
         buffer = packed.buffer.to(self._device, non_blocking=True)
 
         def there(tensor: Tensor) -> Tensor:
@@ -108,6 +119,8 @@ class DeviceAdapterSlots:
     def clear(self, slot: int) -> None:
         """Empties a slot."""
         self.placed.pop(slot, None)
+        if self.memory is not None:
+            self.memory.give_back(slot)
 
     def _rounded(self, delta: Delta) -> Delta:
         """Matrices as the slots store them, then as they are multiplied; all else in float32."""
