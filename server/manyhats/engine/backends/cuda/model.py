@@ -61,7 +61,7 @@ class CudaModel:
         largest: of adapters.
 
     Raises:
-        ModelError: there are no kernels for a block.
+        ModelError: linears of a layer do not go together, or experts have biases.
     """
 
     def __init__(
