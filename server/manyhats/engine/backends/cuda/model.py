@@ -65,7 +65,7 @@ class CudaModel:
         capture: records graphs; None to launch each step.
 
     Raises:
-        ModelError: there are no kernels for a block.
+        ModelError: linears of a layer do not go together, or experts have biases.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class CudaWeights:
         rotary: cosines and sines by kind of rotation.
 
     Raises:
-        ModelError: there are no kernels for a block.
+        ModelError: linears of a layer do not go together, or experts have biases.
     """
 
     def __init__(self, architecture: Architecture, weights: Weights, sm: int, device: torch.device) -> None:
