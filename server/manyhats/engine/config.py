@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manyhats.engine.model.architecture import Architecture
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Invariance = Literal["strict", "fast"]
 CacheDtype = Literal["auto", "bfloat16", "float32", "int8"]
 
 MIB = 2**20
@@ -49,6 +50,12 @@ class EngineConfig:
     """
 
     dtype: Dtype = setting("auto", group="Model", help="The number format to compute in; auto is bfloat16.")
+    invariance: Invariance = setting(
+        "strict",
+        group="Model",
+        help="On a GPU: strict, a request has the same results whatever runs beside it; or fast, libraries' kernels, "
+        "chosen by how much there is to do. On a CPU it is always strict.",
+    )
     max_num_sequences: int = setting(
         64, name="max_sequences", at_least=1, group=_LIMITS, help="Sequences that run at once."
     )

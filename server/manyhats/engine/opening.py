@@ -52,7 +52,11 @@ def open_engine(
     config = resolve(config)
     limits = limits_of(config, model.architecture)
     backend = backend or open_backend(
-        device, dtype=config.dtype, num_threads=config.num_threads, limits=limits
+        device,
+        dtype=config.dtype,
+        num_threads=config.num_threads,
+        limits=limits,
+        keeps_bits=config.invariance == "strict",
     )
     prepared = backend.prepare(model.architecture, model.weights, progress)
     takes_the_rest = backend.has_own_memory and config.kv_cache_bytes is None

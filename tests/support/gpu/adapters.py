@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.adapters import equations
-from manyhats.adapters.primitives import Affine, Bottleneck, Delta, LoweredAdapter, LowRank
+from manyhats.adapters.primitives import Affine, Bottleneck, Delta, Gate, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.backends.torch.adapters import TorchAdapter, TorchAdapterSlots
+from manyhats.engine.backends.torch.texts import Texts
 from manyhats.engine.model.architecture import Architecture
 from support.factories.architectures import make_architecture, make_attention
 from support.gpu.interpreter import DEVICE
@@ -63,33 +65,54 @@ class Served:
     def rows(self, row_slots: Sequence[int]) -> AdapterRows:
         return AdapterRows.of(np.array(row_slots, np.int32))
 
-    def step(self, row_slots: Sequence[int], *, slack: int = 0) -> StepAdapters:
+    def step(
+        self, row_slots: Sequence[int], *, slack: int = 0, starts: Sequence[int] | None = None
+    ) -> StepAdapters:
         """A step whose rows have these slots; with slack, its grids and tensors reach beyond what it has."""
-        rows = self.rows(row_slots)
-        step = StepAdapters.of(rows, self.slots.records, self.slots.acting(rows))
+        rows, first = self.rows(row_slots), None if starts is None else np.array(starts, np.int32)
+        step = StepAdapters.of(rows, self.slots.records, self.slots.acting(rows), first)
         return widened(step, slack) if slack else step
 
     def workspace(self, num_rows: int) -> Workspace:
         """Poisoned."""
         work = Workspace.of(num_rows, self.layout, LARGEST, torch.device(DEVICE))
-        return Workspace(*(part.fill_(NAN) for part in (work.inside, work.read, work.found)))
+        for field in fields(work):
+            getattr(work, field.name).fill_(NAN)
+        return work
+
+
+def texts_of(starts: Sequence[int] | None) -> Texts:
+    """What rows of texts share, or are, in the torch backend; without starts no gate is asked for."""
+
+    def product(x: Tensor, gate: Gate) -> Tensor:
+        return x.double() @ gate.weight.double().T + gate.bias.double()
+
+    return Texts(np.array([0] if starts is None else starts, np.int32), product)
 
 
 def outputs_of(
-    served: Served, layer: int, group: str, row_slots: Sequence[int], x: Tensor, y: Tensor
+    served: Served,
+    layer: int,
+    group: str,
+    row_slots: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
     """A group's outputs y as each row's adapter changes them, one row and one linear at a time, in float64."""
-    found, start = y.double().clone(), 0
+    found, start, texts = y.double().clone(), 0, texts_of(starts)
     for member in served.layout.groups[group].members:
         site, columns = Site(layer, member.name), slice(start, start + member.d_out)
         start = columns.stop
         for row, slot in enumerate(row_slots):
-            held = served.torch.get(slot, NOTHING)
+            held, rows = served.torch.get(slot, NOTHING), torch.tensor([row])
             for delta in held.at(site, Affine):
-                found[row, columns] = equations.affine(found[row, columns], delta)
+                gate = texts.gate(delta.gate, rows, lambda: x)
+                found[row, columns] = equations.affine(found[row, columns], delta, gate)
             for low_rank in held.at(site, LowRank):
                 a, b = low_rank.a.double(), low_rank.b.double()
-                found[row, columns] += equations.low_rank(x[row].double(), a, b, low_rank.scale)
+                scale = low_rank.scale * texts.gate(low_rank.gate, rows, lambda: x)
+                found[row, columns] += equations.low_rank(x[row].double(), a, b, scale).flatten()
     return found
 
 
@@ -100,23 +123,39 @@ def sublayer_of(
     r: Tensor,
     m: Tensor,
     norm: Callable[[Tensor], Tensor] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
     """A sub-layer's output m as each row's adapter changes it, one row at a time."""
-    found = m.clone()
+    found, texts = m.clone(), texts_of(starts)
     for row, slot in enumerate(row_slots):
         for delta in served.torch.get(slot, NOTHING).at(site, Bottleneck):
-            found[row] = equations.bottleneck(delta, r[row], m[row], norm)
+            rows, mask = torch.tensor([row]), torch.ones(1, delta.down.shape[0])
+            gate = texts.gate(delta.gate, rows, partial(equations.bottleneck_input, delta, r, m, norm))
+            if delta.ends is not None:
+                mask = texts.ends(delta.ends, rows, delta.down.shape[0])
+            if mask.any():
+                found[row] = equations.bottleneck(delta, r[rows], m[rows], norm, gate, mask)[0]
     return found
 
 
 def widened(step: StepAdapters, slack: int) -> StepAdapters:
-    """The same with more rows and segments in its tensors and grids, which name what is not there."""
+    """The same with more rows, segments and texts in its tensors and grids, which name what is not there."""
 
     def longer(values: Tensor) -> Tensor:
         return torch.cat((values, values.new_full((slack, *values.shape[1:]), 1 << 20)))
 
+    texts = step.texts
+    if texts is not None:
+        texts = replace(
+            texts,
+            starts=longer(texts.starts),
+            items=longer(texts.items),
+            within=longer(texts.within),
+            max_texts=texts.max_texts + slack,
+        )
     return replace(
         step,
+        texts=texts,
         rows=longer(step.rows),
         slots=longer(step.slots),
         segments=longer(step.segments),

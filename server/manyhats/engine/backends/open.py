@@ -12,7 +12,14 @@ from manyhats.engine.backends.report import GpuReport, ProcessorReport
 from manyhats.engine.errors import ModelError
 
 
-def open_backend(name: str, *, dtype: str, num_threads: int = 0, limits: Limits | None = None) -> Backend:
+def open_backend(
+    name: str,
+    *,
+    dtype: str,
+    num_threads: int = 0,
+    limits: Limits | None = None,
+    keeps_bits: bool = True,
+) -> Backend:
     """Open a backend, which is imported only then.
 
     Args:
@@ -20,9 +27,10 @@ def open_backend(name: str, *, dtype: str, num_threads: int = 0, limits: Limits 
         dtype: ``float32`` for exact arithmetic, ``bfloat16`` for what the processor does faster.
         num_threads: of a backend on the CPU; 0 for one per core.
         limits: of the engine, by which a device's own memory is divided.
+        keeps_bits: of ``cuda`` in ``bfloat16``, whether a row has the same bits in every batch.
 
     Raises:
-        ModelError: there is none with this name.
+        ModelError: there is none with this name, or what it needs is not installed.
     """
     if name == "cpu":
         from manyhats.engine.backends.cpu.backend import CpuBackend
@@ -33,10 +41,25 @@ def open_backend(name: str, *, dtype: str, num_threads: int = 0, limits: Limits 
 
         return TorchBackend()
     if name == "cuda":
+        if keeps_bits and dtype == "bfloat16" and limits is not None:
+            return _open_kernels(limits)
         from manyhats.engine.backends.torch.backend import TorchBackend
 
         return TorchBackend("cuda", dtype, limits=limits)
     raise ModelError(f"there is no backend {name!r}")
+
+
+def _open_kernels(limits: Limits) -> Backend:
+    try:
+        from manyhats.engine.backends.cuda.backend import CudaBackend
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModelError(
+            "the kernels for GPUs need Triton, which torch's builds for CUDA bring on Linux; install triton, or give "
+            "--invariance fast"
+        ) from None
+    return CudaBackend("cuda", limits)
 
 
 def kernel_directory() -> Path:

@@ -23,16 +23,22 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
     PrefixGate,
-    TextEnds,
 )
-from manyhats.adapters.sites import HEAD, Site
+from manyhats.adapters.sites import HEAD, PROJECTION, Site
 from manyhats.engine.backends.cuda.adapters import deltas
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.arena import ArenaFullError
+from manyhats.engine.backends.cuda.record import (
+    BottleneckWord,
+    EmbeddingWord,
+    HeadWord,
+    LinearWord,
+    PrefixWord,
+)
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.architecture import COUPLINGS, Architecture, Experts, Norm
 from support.gpu.adapters import LARGEST, Served, normal, odd_architecture
 
 HIDDEN = 40
@@ -64,24 +70,38 @@ def pack(slots: CudaAdapterSlots, *deltas: Delta) -> None:
     slots.pack(LoweredAdapter("x", deltas))
 
 
+def mixture() -> Architecture:
+    """Six experts in the second of two layers."""
+    plain = odd_architecture()
+    first, second = plain.blocks
+    feed_forward = replace(second.feed_forward, experts=Experts(6, 2, renormalizes=True))
+    return replace(plain, blocks=(first, replace(second, feed_forward=feed_forward)))
+
+
+def expert_lora(name: str = "experts.2.up_proj", rank: int = 3, d_in: int = 40, d_out: int = 72) -> LowRank:
+    return LowRank(Site(1, name), normal(rank, rank, d_in), normal(rank + 1, d_out, rank), 0.5)
+
+
 def scale_of(name: str, size: int = HIDDEN, seed: int = 5) -> InputScale:
     return InputScale(Site(1, name), normal(seed, size))
 
 
 REFUSED: dict[str, tuple[list[Delta], str]] = {
-    "gated low rank": ([replace(lora(), gate=GATE)], "layer 1 q_proj: .*gates"),
-    "gated scale": ([Affine(Site(1, "q_proj"), normal(1, 48), None, GATE)], "layer 1 q_proj: .*gates"),
-    "gated bottleneck": ([replace(bottleneck(), gate=GATE)], "layer 1 attention: .*gates"),
-    "gated prefix": ([PrefixGate(Site(1, "prefix"), GATE)], "layer 1 prefix: .*gates"),
-    "ends": ([replace(bottleneck(), ends=TextEnds(1, 1, False))], "layer 1 attention: .*ends of texts"),
-    "layer's output": ([bottleneck(Site(1, "output"))], "layer 1 output: .*attention and feed_forward"),
-    "coupling": ([bottleneck(Site(-1, "first_coupling"))], "first_coupling: .*attention and feed_forward"),
+    "gate of two": (
+        [replace(lora(), gate=GATE), Affine(Site(1, "q_proj"), normal(1, 48), None)],
+        "layer 1 q_proj: .*gate",
+    ),
+    "gated head": ([LowRank(HEAD, normal(1, 2, 40), normal(2, 70, 2), 1.0, GATE)], "lm_head: .*gate"),
+    "two gated prefixes": ([PrefixGate(Site(1, "prefix"), GATE)] * 2, "layer 1 prefix: one gate"),
+    "layer's output": ([bottleneck(Site(1, "output"))], "layer 1 output: the base has no such place"),
+    "coupling": ([bottleneck(Site(-1, "first_coupling"))], "first_coupling: the base has no such place"),
     "activation": ([replace(bottleneck(), activation="prelu")], "layer 1 attention: .*'prelu'"),
     "norm that is not there": (
         [replace(bottleneck(), input=BottleneckInput.NORMED)],
         "layer 1 attention: reads a norm",
     ),
-    "expert": ([LowRank(Site(1, "experts.3.up_proj"), normal(1, 2, 40), normal(2, 72, 2), 1.0)], "experts.3"),
+    "no such expert": ([expert_lora("experts.6.up_proj")], "layer 1 experts.6.up_proj"),
+    "linear of a mixture": ([expert_lora()], "layer 1 experts.2.up_proj"),
     "router": ([LowRank(Site(1, "router"), normal(1, 2, 40), normal(2, 8, 2), 1.0)], "layer 1 router"),
     "projection": (
         [LowRank(Site(-1, "embedding_projection"), normal(1, 2, 40), normal(2, 40, 2), 1.0)],
@@ -98,6 +118,8 @@ REFUSED: dict[str, tuple[list[Delta], str]] = {
         [Affine(Site(1, "q_proj"), normal(1, 48), None)] * 2,
         "layer 1 q_proj: one scale and offset",
     ),
+    "large expert rank": ([expert_lora(rank=49)], "layer 1 experts.2.up_proj: its rank is 49"),
+    "two of an expert": ([expert_lora()] * 2, "layer 1 experts.2.up_proj: one low-rank delta"),
     "two input scales": ([scale_of("down_proj", 72)] * 2, "layer 1 down_proj: one scale of the input"),
     "two bottlenecks": ([bottleneck(), bottleneck(size=2)], "layer 1 attention: one bottleneck"),
     "two embeddings": (
@@ -105,23 +127,18 @@ REFUSED: dict[str, tuple[list[Delta], str]] = {
         "embed_tokens: one set of rows",
     ),
     "two heads": ([HeadRows(torch.tensor([1]), normal(1, 1, 40))] * 2, "lm_head: one set of rows"),
-    "input of some": ([scale_of("up_proj")], "layer 1 up_proj: .*all linears that read it"),
-    "input and low rank": (
-        [scale_of("gate_proj"), scale_of("up_proj"), lora("up_proj", d_out=72)],
-        "layer 1 up_proj: .*exclude each other",
-    ),
-    "unequal inputs": (
-        [scale_of("up_proj"), scale_of("gate_proj", seed=6)],
-        "layer 1 up_proj: .*all linears that read it",
-    ),
 }
+
+
+NOT_OF_A_MIXTURE = ("linear of a mixture", "router")
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_kernels_cannot_run_is_refused_by_name(case: str) -> None:
     deltas, reason = REFUSED[case]
+    slots = new_slots(None if case in NOT_OF_A_MIXTURE else mixture())
     with pytest.raises(ModelError, match=reason):
-        pack(new_slots(), *deltas)
+        pack(slots, *deltas)
 
 
 def test_an_input_that_all_its_linears_rescale_alike_is_served() -> None:
@@ -130,6 +147,25 @@ def test_an_input_that_all_its_linears_rescale_alike_is_served() -> None:
     assert packed.acting == Acting(inputs=frozenset(("gate_up",)))
     assert np.flatnonzero(packed.record).size == 0
     assert packed.addresses.tolist() == [slots.layout.group(1, "gate_up").input_scale]
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [scale_of("up_proj")],
+        [scale_of("up_proj"), scale_of("gate_proj", seed=6)],
+        [scale_of("up_proj"), scale_of("gate_proj"), lora("up_proj", d_out=72)],
+    ],
+    ids=["of one", "unequal", "beside a low rank"],
+)
+def test_other_inputs_are_rescaled_for_their_own_linears(deltas: list[Delta]) -> None:
+    slots = new_slots()
+    packed = slots.pack(LoweredAdapter("x", tuple(deltas)))
+    scales = [delta.site for delta in deltas if isinstance(delta, InputScale)]
+    assert packed.acting.scaled == frozenset(site.name for site in scales)
+    assert not packed.acting.inputs
+    words = {slots.layout.linear(site) + LinearWord.INPUT for site in scales}
+    assert words <= set(packed.addresses.tolist())
 
 
 def test_in_a_parallel_block_attention_and_feed_forward_share_an_input() -> None:
@@ -143,30 +179,62 @@ def test_in_a_parallel_block_attention_and_feed_forward_share_an_input() -> None
     )
     names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     slots = new_slots(parallel)
-    with pytest.raises(ModelError, match=r"layer 1 gate_proj: .*all linears that read it"):
-        pack(slots, scale_of("gate_proj"), scale_of("up_proj"))
+    some = slots.pack(LoweredAdapter("x", (scale_of("gate_proj"), scale_of("up_proj"))))
+    assert some.acting == Acting(scaled=frozenset(("gate_proj", "up_proj")))
     packed = slots.pack(LoweredAdapter("x", tuple(scale_of(name) for name in names)))
     assert packed.addresses.tolist() == [slots.layout.group(1, "qkv").input_scale]
 
 
-def test_words_of_different_places_do_not_overlap() -> None:
+def every_kind_of_place() -> Architecture:
+    """An encoder with a mixture, whose embeddings are normed, and narrower than its layers."""
+    plain = mixture()
+    blocks = tuple(
+        replace(block, attention=replace(block.attention, sees_all=True)) for block in plain.blocks
+    )
+    return replace(plain, blocks=blocks, embedding=replace(plain.embedding, size=24, norm=Norm(1e-5)))
+
+
+@pytest.mark.parametrize("architecture", [odd_architecture(), every_kind_of_place()], ids=["plain", "all"])
+def test_words_of_different_places_do_not_overlap(architecture: Architecture) -> None:
     """Whatever acts anywhere has words of its own, and together they are the record."""
-    layout = new_slots().layout
+    layout = new_slots(architecture).layout
     places = [
-        (layout.embedding, 8),
-        (layout.head_weight, 4),
-        (layout.head_rows, 4),
-        (layout.head_low_rank, 6),
+        (layout.embedding, len(EmbeddingWord)),
+        (layout.head_weight, len(HeadWord)),
+        (layout.head_rows, len(HeadWord)),
+        (layout.head_low_rank, len(LinearWord)),
     ]
-    for layer in range(2):
-        for name in ("attention", "feed_forward"):
-            places.append((layout.sublayer(Site(layer, name)).word, 19))
-        for name in layout.groups:
+    for name, (num_layers, _) in architecture.stream_places().items():
+        layers = (-1,) if name in COUPLINGS else range(num_layers)
+        places += [(layout.place(Site(layer, name)).word, len(BottleneckWord)) for layer in layers]
+    for name, group in layout.groups.items():
+        for layer in (-1,) if name == PROJECTION.name else (0, 1):
             places.append((layout.group(layer, name).input_scale, 1))
-        for name in layout.group_of:
-            places.append((layout.linear(Site(layer, name)), 6))
+            places += [(layout.linear(Site(layer, member)), len(LinearWord)) for member in group.names]
+    for layer in range(2):
+        places.append((layout.prefix(layer), len(PrefixWord)))
+        if layout.experts is not None:
+            places.append((layout.expert_table(layer), 1))
     words = sorted(word for first, size in places for word in range(first, first + size))
     assert words == list(range(layout.num_words))
+
+
+def test_experts_deltas_are_in_a_table_whose_addresses_count_from_it() -> None:
+    slots = new_slots(mixture())
+    deltas = (expert_lora(), expert_lora("experts.5.down_proj", 2, 72, 40), lora())
+    packed = slots.pack(LoweredAdapter("x", deltas))
+    assert packed.acting.expert_rank == 3
+    word = slots.layout.expert_table(1)
+    assert word in packed.addresses
+    at = int(packed.record[word])
+    table = packed.numbers[at : at + 6 * 3 * 4 * 8].view(torch.int64).view(6, 3, 4)
+    for delta, own in ((deltas[0], table[2, 1]), (deltas[1], table[5, 2])):
+        rank, size = delta.a.shape
+        first_row = packed.numbers[at + int(own[0]) :][: 2 * size].view(torch.bfloat16)
+        assert torch.equal(first_row, delta.a[0].bfloat16().cpu())
+        assert int(own[2]) == rank
+        assert own[3:].view(torch.float32)[0] == delta.scale
+    assert table.count_nonzero() == 8
 
 
 def test_an_empty_slots_record_is_zero_and_its_memory_free_again() -> None:

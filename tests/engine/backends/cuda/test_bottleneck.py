@@ -97,7 +97,7 @@ def changed(
     served: Served, row_slots: list[int], r: Tensor, m: Tensor, norm: PlacedNorm = NO_NORM, slack: int = 0
 ) -> Tensor:
     step, found = served.step(row_slots, slack=slack), m.clone()
-    place, work = served.layout.sublayer(SITE), served.workspace(step.max_rows)
+    place, work = served.layout.place(SITE), served.workspace(step.max_rows)
     with no_sync():
         bottlenecks.change_output(step, place, r, found, work, norm)
     return found
@@ -168,7 +168,7 @@ def test_the_norm_of_the_stream_is_skipped_by_those_that_say_so() -> None:
     behind = normal(92, len(row_slots), HIDDEN)
     found = behind.clone()
     with no_sync():
-        bottlenecks.skip_norms(served.step(row_slots, slack=2), served.layout.sublayer(SITE), r, m, found)
+        bottlenecks.skip_norms(served.step(row_slots, slack=2), served.layout.place(SITE), r, m, found)
     skips = torch.tensor(row_slots, device=DEVICE) == 4
     assert torch.equal(found, torch.where(skips[:, None], r + m, behind))
 

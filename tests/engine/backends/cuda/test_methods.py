@@ -67,7 +67,7 @@ def test_every_methods_bottlenecks_are_those_of_the_torch_backend(served: Served
     r, m = normal(3, num_rows, hidden_size), normal(4, num_rows, hidden_size)
     found = m.clone()
     bottlenecks.change_output(
-        served.step(ROW_SLOTS), served.layout.sublayer(site), r, found, served.workspace(num_rows)
+        served.step(ROW_SLOTS), served.layout.place(site), r, found, served.workspace(num_rows)
     )
     right = sublayer_of(served, site, ROW_SLOTS, r, m)
     changed = [slot for slot in ROW_SLOTS if not torch.equal(right[slot], m[slot])]

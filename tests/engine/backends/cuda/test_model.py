@@ -61,6 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "cohere": {},
     "cohere2": {"sliding_window": 4},
+    "mixtral": {},
+    "qwen3_moe": {"num_layers": 3, "mlp_only_layers": [1]},
 }
 TASKS = (*PLAIN, *COMPOSED)
 

@@ -10,6 +10,7 @@ from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.model import CudaModel, Device
 from manyhats.engine.backends.dtypes import block_bytes
 from manyhats.engine.backends.limits import Limits
+from manyhats.engine.backends.memory import cache_bytes_left
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
@@ -31,6 +32,7 @@ class CudaBackend:
     def __init__(self, device: str, limits: Limits) -> None:
         self._device = _CPU if device == "cpu" else _found(torch.device(device))
         self._limits = limits
+        self._model: CudaModel | None = None  # the last one prepared
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class CudaBackend:
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> CudaModel:
         """Packs the weights, and allocates what steps work in."""
-        return CudaModel(architecture, weights, self._device, self._limits, LARGEST)
+        self._model = CudaModel(architecture, weights, self._device, self._limits, LARGEST)
+        return self._model
 
     def new_cache(
         self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int | None
@@ -58,15 +61,22 @@ class CudaBackend:
                 "or --invariance fast"
             )
         if num_bytes is None:
-            raise ModelError("the KV cache needs a size")
+            num_bytes = self._left(block_size, dtype)
         num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
         return CudaKVCache(architecture, num_blocks, block_size, self._device.torch)
 
+    def _left(self, block_size: int, dtype: str) -> int:
+        if self._model is None or self._device.torch.type != "cuda":
+            raise ModelError("the KV cache needs a size: what is left is known of a GPU with a model alone")
+        slots = self._slots(self._model.architecture, 1, 0)
+        return cache_bytes_left(self, self._model, slots, block_size, dtype, self._limits, self._device.torch)
+
+    def _slots(self, architecture: Architecture, num_slots: int, num_bytes: int) -> CudaAdapterSlots:
+        return CudaAdapterSlots(architecture, num_slots, num_bytes, LARGEST, self._device.torch)
+
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> CudaAdapterSlots:
         """Empty slots, of adapters in bfloat16, and the device's memory for these."""
-        return CudaAdapterSlots(
-            architecture, num_slots, self._limits.adapter_bytes, LARGEST, self._device.torch
-        )
+        return self._slots(architecture, num_slots, self._limits.adapter_bytes)
 
     def start_thread(self) -> None:
         """Nothing to prepare."""

@@ -103,8 +103,9 @@ def batch_of(
         arrays |= _named(
             f"work{kind}", _work(work_of(plan, attention, lanes.tiling, lanes.num, lanes.max_slots))
         )
+    starts = plan.query_start if architecture.attention.sees_all else None
     for name, rows in groups.items():
-        arrays |= _named(name, arrays_of(rows))
+        arrays |= _named(name, arrays_of(rows, starts if name == "adapters" else None))
     for index, (each, _) in enumerate(own):
         arrays[f"index{index}"] = each.rows
     there = uploads.send(arrays)

@@ -11,6 +11,7 @@ from torch import Tensor
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.step import Workspace
 from manyhats.engine.backends.cuda.attention import Parts
+from manyhats.engine.backends.cuda.experts import MixtureBuffers
 from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace
 from manyhats.engine.model.architecture import Architecture
 
@@ -39,6 +40,7 @@ class Buffers:
         parts: of the attention.
         linear: of linears.
         adapters: of adapters.
+        mixture: of experts; None if no layer has some.
     """
 
     embedded: Tensor
@@ -60,6 +62,7 @@ class Buffers:
     parts: Parts
     linear: LinearWorkspace
     adapters: Workspace
+    mixture: MixtureBuffers | None
 
     @classmethod
     def of(
@@ -72,8 +75,11 @@ class Buffers:
         device: torch.device,
     ) -> Buffers:
         """For steps of so many rows, whose attention has so many parts."""
-        attention, block = architecture.attention, architecture.blocks[0]
-        width, num_inner = block.feed_forward.width, 2 if block.feed_forward.is_gated else 1
+        attention, feed_forwards = architecture.attention, [each.feed_forward for each in architecture.blocks]
+        plain = [each for each in feed_forwards if each.experts is None]
+        width = max((each.width for each in plain), default=0)
+        first = max((each.width * (1 + each.is_gated) for each in plain), default=0)
+        mixture = next((each for each in feed_forwards if each.experts is not None), None)
         size, entering, left = architecture.hidden_size, architecture.embedding.size, architecture.read_size
         heads, keys = attention.query_size, attention.key_size
         logits = 0 if architecture.head is None else architecture.vocab_size
@@ -93,7 +99,7 @@ class Buffers:
             qkv=rows(heads + 2 * keys, bf16),
             queries=rows(heads, bf16),
             mixed=rows(heads, bf16),
-            gate_up=rows(num_inner * width, bf16),
+            gate_up=rows(first, bf16),
             inside=rows(width, bf16),
             output=rows(size),
             beside=rows(size if is_parallel else 0),
@@ -107,12 +113,18 @@ class Buffers:
             ),
             linear=LinearWorkspace.of(linears, max_rows, device),
             adapters=Workspace.of(max_rows, RecordLayout(architecture), largest, device),
+            mixture=None if mixture is None else MixtureBuffers.of(mixture, size, max_rows, device),
         )
 
     @property
     def num_bytes(self) -> int:
         """Of all of it."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        own = sum(value.nbytes for value in values if isinstance(value, Tensor))
-        others = (self.parts.totals, self.parts.stats, self.adapters.inside, self.adapters.read)
-        return own + self.linear.num_bytes + sum(x.nbytes for x in (*others, self.adapters.found))
+        tensors = [value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)]
+        parts = (
+            self.linear.num_bytes
+            + self.adapters.num_bytes
+            + self.parts.totals.nbytes
+            + self.parts.stats.nbytes
+        )
+        mixture = 0 if self.mixture is None else self.mixture.num_bytes
+        return parts + mixture + sum(tensor.nbytes for tensor in tensors)

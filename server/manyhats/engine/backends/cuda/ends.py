@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manyhats.adapters.sites import PROJECTION, Site
 from manyhats.engine.backends.cuda.activations import scale_logits
+from manyhats.engine.backends.cuda.adapters.bottlenecks import change_stream
 from manyhats.engine.backends.cuda.adapters.ends import change_embeddings, change_logits
+from manyhats.engine.backends.cuda.adapters.group import run_group
 from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
 from manyhats.engine.backends.cuda.batch import Batch, OwnVocabulary
 from manyhats.engine.backends.cuda.buffers import Buffers
@@ -14,7 +17,7 @@ from manyhats.engine.backends.cuda.linear import linear
 from manyhats.engine.backends.cuda.norms import norm
 from manyhats.engine.backends.cuda.weights import CudaWeights
 from manyhats.engine.backends.own_logits import OwnRows, resized
-from manyhats.engine.model.architecture import Architecture, Head
+from manyhats.engine.model.architecture import COUPLINGS, Architecture, Head
 
 
 class Ends:
@@ -43,7 +46,7 @@ class Ends:
         x = buffers.entering[: batch.num_rows] if is_projected else stream
         self._embed(batch, x)
         if is_projected and embedding.norm is None:
-            x = self._project("embedding_projection", x, stream)
+            x = self._project_embeddings(batch, x, stream)
         if embedding.positions is not None:
             assert weights.positions is not None
             x.add_(weights.positions.index_select(0, batch.positions + embedding.positions.offset))
@@ -55,9 +58,12 @@ class Ends:
                 x.add_(weights.token_types[0])
         if embedding.norm is not None and weights.embedding_norm is not None:
             norm(x, embedding.norm, weights.embedding_norm, x)
+            for name in COUPLINGS:
+                place = self._layout.place(Site(-1, name))
+                change_stream(batch.adapters, place, x, buffers.adapters)
             _put(x, batch.normed)
         if is_projected and embedding.norm is not None:
-            self._project("embedding_projection", x, stream)
+            self._project_embeddings(batch, x, stream)
 
     def _embed(self, batch: Batch, x: Tensor) -> None:
         """The tokens' vectors times their scale, and those that are given; tokens beyond the table are adapters'."""
@@ -69,6 +75,12 @@ class Ends:
             x.mul_(embedding.scale)
         change_embeddings(batch.adapters, self._layout, batch.token_ids, x, embedding.scale)
         _put(x, batch.entering)
+
+    def _project_embeddings(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        weights, buffers = self._weights.outer[PROJECTION.name], self._buffers
+        place = self._layout.group(PROJECTION.layer, PROJECTION.name)
+        run_group(batch.adapters, place, x.to(torch.bfloat16), weights, y, buffers.linear, buffers.adapters)
+        return y
 
     def _project(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         linear(x.to(torch.bfloat16), self._weights.outer[name], y, self._buffers.linear)

@@ -6,14 +6,20 @@ from torch import Tensor
 
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.activations import activate
-from manyhats.engine.backends.cuda.adapters.bottlenecks import NO_NORM, PlacedNorm, change_output, skip_norms
-from manyhats.engine.backends.cuda.adapters.deltas import change_outputs, scale_inputs
+from manyhats.engine.backends.cuda.adapters.bottlenecks import (
+    NO_NORM,
+    PlacedNorm,
+    change_output,
+    change_stream,
+    skip_norms,
+)
+from manyhats.engine.backends.cuda.adapters.group import run_group
 from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
-from manyhats.engine.backends.cuda.attention import attend
+from manyhats.engine.backends.cuda.attention import PrefixGates, attend
 from manyhats.engine.backends.cuda.batch import Batch, Lanes, sees
 from manyhats.engine.backends.cuda.buffers import Buffers
 from manyhats.engine.backends.cuda.cache import CudaKVCache
-from manyhats.engine.backends.cuda.linear import linear
+from manyhats.engine.backends.cuda.experts import mix
 from manyhats.engine.backends.cuda.norms import add_norm, norm
 from manyhats.engine.backends.cuda.record import StreamNorm
 from manyhats.engine.backends.cuda.rotary import rotate_and_store
@@ -61,6 +67,7 @@ class Layers:
         """The stream behind the last layer, [N, D] float32."""
         for layer, spec in enumerate(self._architecture.blocks):
             self._block(layer, spec, self._weights.layers[layer])
+            self._leave(layer)
         self._add()
         return self._stream
 
@@ -105,12 +112,12 @@ class Layers:
             self._stream.add_(output if scale == 1.0 else output.mul_(scale))
             self._unadded = None
 
-    def _linear(self, layer: int, name: str, weights: LayerWeights, x: Tensor, y: Tensor) -> None:
+    def _linear(
+        self, layer: int, name: str, weights: LayerWeights, x: Tensor, y: Tensor
+    ) -> PrefixGates | None:
         """A group's linears, with the rows' adapters: x is rescaled, y is written."""
         place, step, buffers = self._layout.group(layer, name), self._batch.adapters, self._buffers
-        scale_inputs(step, place, x)
-        linear(x, weights.linears[name], y, buffers.linear)
-        change_outputs(step, place, x, y, buffers.adapters)
+        return run_group(step, place, x, weights.linears[name], y, buffers.linear, buffers.adapters)
 
     def _attention(self, layer: int, spec: Block, weights: LayerWeights, x: Tensor, output: Tensor) -> None:
         attention, batch, buffers = spec.attention, self._batch, self._buffers
@@ -118,7 +125,7 @@ class Layers:
         qkv, queries, mixed = (self._rows(each) for each in (buffers.qkv, buffers.queries, buffers.mixed))
         heads = (-1, attention.num_heads, attention.head_dim)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        self._linear(layer, inside.name, weights, x, qkv)
+        gates = self._linear(layer, inside.name, weights, x, qkv)
         rotate_and_store(
             qkv,
             attention,
@@ -142,12 +149,20 @@ class Layers:
             attention,
             self._lanes.tiling,
             self._lanes.num,
+            gates,
         )
         self._linear(layer, behind.name, weights, mixed, output)
 
     def _feed_forward(
         self, layer: int, spec: Block, weights: LayerWeights, x: Tensor, output: Tensor
     ) -> None:
+        if weights.mixture is not None:
+            buffers, step = self._buffers, self._batch.adapters
+            assert buffers.mixture is not None
+            mix(
+                layer, spec, weights.mixture, step, self._layout, x, output, buffers.mixture, buffers.adapters
+            )
+            return
         first, down = spec.feed_forward_groups()
         gate_up, inside = self._rows(self._buffers.gate_up), self._rows(self._buffers.inside)
         self._linear(layer, first.name, weights, x, gate_up)
@@ -158,7 +173,7 @@ class Layers:
         """Notes an output, as the rows' bottlenecks change it, to be added; or the norm of the sum is the stream."""
         self._add()
         around, scale = _around(spec, site), spec.residual_scale
-        place, step, work = self._layout.sublayer(site), self._batch.adapters, self._buffers.adapters
+        place, step, work = self._layout.place(site), self._batch.adapters, self._buffers.adapters
         if around.output is not None:
             norm(output, around.output, weights.norms[f"{site.name}_output"], output)
         behind = weights.norms.get(f"{site.name}_stream")
@@ -175,6 +190,14 @@ class Layers:
             before = self._rows(self._buffers.before).copy_(self._stream)
         add_norm(self._stream, output, scale, around.stream, behind, self._stream)
         skip_norms(step, place, before, output, self._stream)
+
+    def _leave(self, layer: int) -> None:
+        """Changes what leaves a layer, where bottlenecks act on that."""
+        step, name = self._batch.adapters, "output"
+        if name in step.acting.sublayers:
+            self._add()
+            place = self._layout.place(Site(layer, name))
+            change_stream(step, place, self._stream, self._buffers.adapters)
 
 
 def _around(spec: Block, site: Site) -> Around:

@@ -18,6 +18,7 @@ from manyhats.engine.backends.cuda.choosing import Choosing
 from manyhats.engine.backends.cuda.ends import Ends
 from manyhats.engine.backends.cuda.layers import Layers
 from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher
+from manyhats.engine.backends.cuda.self_test import check_linears
 from manyhats.engine.backends.cuda.upload import Uploads
 from manyhats.engine.backends.cuda.weights import CudaWeights
 from manyhats.engine.backends.limits import Limits
@@ -73,7 +74,7 @@ class CudaModel:
         largest: LargestSizes,
     ) -> None:
         self.architecture = architecture
-        self._device = device
+        self._limits = limits
         self.weights = CudaWeights(architecture, weights, device.sm, device.torch)
         tiling = Tiling.of(architecture.attention)
         self._lanes = Lanes(tiling, max(1, 2 * device.num_processors // tiling.head_tiles), _MAX_SLOTS)
@@ -91,7 +92,8 @@ class CudaModel:
         return {**self.weights.num_bytes, "workspace": self._buffers.num_bytes + self._finishers.num_bytes}
 
     def warm_up(self, cache: CudaKVCache, adapters: CudaAdapterSlots, slot: int, progress: Progress) -> None:
-        """Compiles kernels, and proves that the model runs."""
+        """Compiles kernels, and proves that linears are right and the model runs."""
+        check_linears(self.weights.linears(), self._buffers.linear, self._limits.max_rows)
         run_one(self, cache, adapters, slot)
 
     @torch.inference_mode()

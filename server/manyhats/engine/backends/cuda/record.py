@@ -2,6 +2,8 @@
 
 One row of words for each slot lies on the device; a row of zeros is a slot where nothing acts. A word is an address, an
 integer, or a float32 in its lower half. What acts at one place has the words of one of these classes.
+
+A gate's word is the address of its weight [d_in] and then its bias, float32; 0 for none.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from enum import IntEnum
 class LinearWord(IntEnum):
     """Of one linear: ``y = y · factors + offsets + scale · (x Aᵀ) B``; A [R, d_in] and B [R, d_out] bfloat16.
 
-    Factors and offsets [d_out] float32 or 0. Rows of matrices begin at multiples of ``ROW_VALUES``.
+    Factors and offsets [d_out] float32 or 0. Rows of matrices begin at multiples of ``ROW_VALUES``. A gate multiplies
+    the scale or, where the rank is 0, y. ``INPUT`` are factors [d_in] of this linear's input alone.
     """
 
     A = 0
@@ -21,12 +24,16 @@ class LinearWord(IntEnum):
     SCALE = 3
     FACTORS = 4
     OFFSETS = 5
+    GATE = 6
+    INPUT = 7
 
 
 class BottleneckWord(IntEnum):
-    """Of one sub-layer's bottleneck adapter; the first three are those of a linear, by which its input is shrunk.
+    """Of one place's bottleneck adapter; the first three are those of a linear, by which its input is shrunk.
 
-    DOWN [b, D] and UP [b, D] are bfloat16, vectors float32; the norms' weights are 0 for none.
+    DOWN [b, D] and UP [b, D] are bfloat16, vectors float32; the norms' weights are 0 for none. The first FIRST rows of
+    a text pass through it, and the last LAST ones; if it IS_SPLIT, those through its first half, these through the
+    other.
     """
 
     DOWN = 0
@@ -48,6 +55,29 @@ class BottleneckWord(IntEnum):
     KEEP = 16
     CARRY = 17
     CARRY_NORMED = 18
+    GATE = 19
+    FIRST = 20
+    LAST = 21
+    IS_SPLIT = 22
+
+
+class PrefixWord(IntEnum):
+    """Of one layer's KV prefix: the gates of its keys and of its values."""
+
+    KEYS = 0
+    VALUES = 1
+
+
+class ExpertWord(IntEnum):
+    """Of one linear of one expert, as in ``LinearWord``, in a table [E, 3] of the adapter's own.
+
+    A layer's record has the table's address, or 0; addresses in the table count from it.
+    """
+
+    A = 0
+    B = 1
+    RANK = 2
+    SCALE = 3
 
 
 class EmbeddingWord(IntEnum):
@@ -89,6 +119,15 @@ class StreamNorm(IntEnum):
     RMS = 1
     LAYER = 2
 
+
+MAX_MEMBERS = 3
+"""Linears of a group that the kernels take side by side."""
+GATES = MAX_MEMBERS + len(PrefixWord)
+"""Of a row at one place: those of linears side by side, and of a KV prefix."""
+EXPERT_MEMBERS = ("gate_proj", "up_proj", "down_proj")
+"""The linears of an expert in the order of its entries."""
+EVERY_ROW = 1 << 30
+"""FIRST of a bottleneck that all rows of a text pass through."""
 
 ROW_VALUES = 64
 """Rows of matrices are padded with zeros to whole multiples, so that they can be read sixteen bytes at a time."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.backends.cuda.dense_linear import DenseLinear
+from manyhats.engine.backends.cuda.experts import Mixture, pack_mixture
 from manyhats.engine.backends.cuda.linear import CudaLinear
 from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Block, Rope
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
@@ -22,10 +23,17 @@ PROJECTIONS = ("embedding_projection", "head_projection")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One layer: its groups of linears, each as one, and its norms, by name."""
+    """One layer: its groups of linears, each as one, its norms, by name, and its mixture of experts, if it has one."""
 
     linears: Mapping[str, CudaLinear]
     norms: Mapping[str, NormWeight]
+    mixture: Mixture | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its linears."""
+        experts = 0 if self.mixture is None else self.mixture.num_bytes
+        return experts + sum(linear.num_bytes for linear in self.linears.values())
 
 
 class CudaWeights:
@@ -74,7 +82,7 @@ class CudaWeights:
         }
 
     def linears(self) -> Iterator[CudaLinear]:
-        """All of them, each once."""
+        """All but experts', each once."""
         for layer in self._sets:
             yield from layer.linears.values()
         yield from self.outer.values()
@@ -94,21 +102,22 @@ class CudaWeights:
         if self.head is not None and self.head.weight is not self.embedding:
             outer += self.head.num_bytes
         return {
-            "base": sum(linear.num_bytes for layer in self._sets for linear in layer.linears.values()),
+            "base": sum(layer.num_bytes for layer in self._sets),
             "embeddings": outer + sum(table.nbytes for table in tables),
         }
 
     def _layer(self, spec: Block, weights: BlockWeights) -> LayerWeights:
-        if spec.feed_forward.experts is not None:
-            raise ModelError("there are no CUDA kernels for mixtures of experts; give --invariance fast")
         linears = {
             group.name: pack_linear(
                 group.name, [weights.linears[name] for name in group.names], self._sm, self._device
             )
-            for group in spec.groups()
+            for group in spec.shared_groups()
+            if group.name != ROUTER
         }
         norms = {name: self._moved(norm) for name, norm in weights.norms.items()}
-        return LayerWeights(linears, norms)
+        if spec.feed_forward.experts is None:
+            return LayerWeights(linears, norms)
+        return LayerWeights(linears, norms, pack_mixture(spec, weights.linears, self._sm, self._device))
 
     def _packed(self, name: str, linear: Linear) -> CudaLinear:
         return pack_linear(name, [linear], self._sm, self._device)

@@ -9,13 +9,12 @@ import torch
 from manyhats.engine.backends.backend import AdapterSlots, Model
 from manyhats.engine.backends.dtypes import block_bytes, cache_dtype, torch_dtype
 from manyhats.engine.backends.limits import Limits
+from manyhats.engine.backends.memory import cache_bytes_left
 from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
 from manyhats.engine.backends.torch.batched.adapters import DeviceAdapterSlots
 from manyhats.engine.backends.torch.batched.model import BatchedModel
 from manyhats.engine.backends.torch.cache import TorchKVCache
-from manyhats.engine.backends.torch.memory import DeviceMemory, largest_plan, largest_wants
 from manyhats.engine.backends.torch.model import TorchModel
-from manyhats.engine.backends.wants import Outcome
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
@@ -79,32 +78,19 @@ class TorchBackend:
             ModelError: nothing is left for it.
         """
         if num_bytes is None:
-            num_bytes = self._left(architecture, block_size, dtype)
+            num_bytes = self._left(block_size, dtype)
         return self._cache(architecture, block_size, dtype, num_bytes)
 
     def _cache(self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int) -> TorchKVCache:
         num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
         return TorchKVCache(architecture, num_blocks, block_size, cache_dtype(dtype), self._device)
 
-    def _left(self, architecture: Architecture, block_size: int, dtype: str) -> int:
+    def _left(self, block_size: int, dtype: str) -> int:
         """Bytes left of the GPU's memory beside the model, its largest step with its own cache, and adapters."""
         if self._device.type == "cpu" or self._limits is None or self._model is None:
             raise ModelError("the KV cache needs a size: what is left is known of a GPU with a model alone")
-        size = block_bytes(architecture, block_size, dtype)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        run_largest(self, self._model, architecture, block_size, dtype, self._limits)
-        step = torch.cuda.max_memory_allocated(self._device) - before
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._device)
-        memory = DeviceMemory(
-            total=total,
-            used=total - free,
-            step=step,
-            adapters=self._limits.adapter_bytes,
-            fraction=self._limits.memory_fraction,
-        )
-        return memory.cache_bytes(architecture, size, block_size, self._limits)
+        slots = DeviceAdapterSlots(torch.float32, torch.float32, torch.device("cpu"))  # which it has none in
+        return cache_bytes_left(self, self._model, slots, block_size, dtype, self._limits, self._device)
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> AdapterSlots[Any]:
         """Empty adapter slots."""
@@ -117,22 +103,6 @@ class TorchBackend:
 
     def leave_processors(self, count: int) -> None:
         """Does nothing."""
-
-
-def run_largest(
-    backend: TorchBackend,
-    model: BatchedModel,
-    architecture: Architecture,
-    block_size: int,
-    dtype: str,
-    limits: Limits,
-) -> Outcome:
-    """Run the largest step once, on a cache that is just large enough, which is given back."""
-    plan = largest_plan(limits, block_size, architecture)
-    num_bytes = plan.block_tables.size * block_bytes(architecture, block_size, dtype)
-    cache = backend.new_cache(architecture, block_size, dtype, num_bytes)
-    slots = DeviceAdapterSlots(torch.float32, torch.float32, torch.device("cpu"))  # it has no adapters
-    return model.forward(plan, cache, slots).finish(largest_wants(limits, plan)).result()
 
 
 def _compute_exactly() -> None:

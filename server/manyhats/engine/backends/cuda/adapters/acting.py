@@ -16,12 +16,16 @@ class Acting:
         outputs: groups of linears of which some outputs change, in any layer.
         inputs: groups of linears whose input is rescaled.
         bottleneck: the largest size; 0 for none.
-        sublayers: those that have bottlenecks, in any layer.
+        sublayers: the places that have bottlenecks, in any layer.
         norms_skipped: those of which a bottleneck skips the norm of the stream.
         changes_embeddings: whether the embedding has other rows, or a delta.
         head_weight: rows of an output head that replaces the base's.
         head_rows: rows that replace the output head's.
         head_rank: of the output head's delta.
+        scaled: linears whose input is rescaled, but not that of others which read the same.
+        gates: groups of linears, places of bottlenecks, and ``prefix``, where something has a gate.
+        ends: places of which a bottleneck changes some rows of a text.
+        expert_rank: the largest at experts; 0 for none.
     """
 
     rank: int = 0
@@ -34,6 +38,10 @@ class Acting:
     head_weight: int = 0
     head_rows: int = 0
     head_rank: int = 0
+    scaled: frozenset[str] = frozenset()
+    gates: frozenset[str] = frozenset()
+    ends: frozenset[str] = frozenset()
+    expert_rank: int = 0
 
     @classmethod
     def most(cls, each: Iterable[Acting]) -> Acting:

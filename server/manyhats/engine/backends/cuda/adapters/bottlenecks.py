@@ -1,4 +1,4 @@
-"""Launches bottleneck adapters at a sub-layer's output."""
+"""Launches bottleneck adapters at sub-layers' outputs, and elsewhere on the stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.deltas import shrink
-from manyhats.engine.backends.cuda.adapters.layout import SublayerPlace
+from manyhats.engine.backends.cuda.adapters.gates import close_gates
+from manyhats.engine.backends.cuda.adapters.layout import StreamPlace
 from manyhats.engine.backends.cuda.adapters.segments import SEGMENT_ROWS
 from manyhats.engine.backends.cuda.adapters.step import (
     RANK_TILE,
@@ -16,7 +17,7 @@ from manyhats.engine.backends.cuda.adapters.step import (
     rank_tiles,
     split_of,
 )
-from manyhats.engine.backends.cuda.record import StreamNorm
+from manyhats.engine.backends.cuda.record import BottleneckWord, StreamNorm
 from manyhats.engine.backends.cuda.triton import bottleneck
 
 _ROW_TILE = 1024
@@ -39,7 +40,7 @@ NO_NORM = PlacedNorm(StreamNorm.NONE, None, None, 0.0)
 
 def change_output(
     step: StepAdapters,
-    place: SublayerPlace,
+    place: StreamPlace,
     r: Tensor,
     m: Tensor,
     work: Workspace,
@@ -51,31 +52,43 @@ def change_output(
         step: the step's adapters.
         place: the sub-layer.
         r: [N, D] float32, contiguous; the stream that entered the sub-layer.
-        m: [N, D] float32, contiguous; its output, updated.
+        m: [N, D] float32, contiguous; its output, updated. Elsewhere on the stream both are the stream.
         work: the workspace.
         norm: of the stream.
     """
     if place.name not in step.acting.sublayers:
         return
-    assert len(work.read) >= step.max_rows
-    size, word = step.acting.bottleneck, place.word
-    hidden_size, record = r.shape[1], step.records.stride(0)
-    rows = step.rows, step.slots, step.num_rows, step.records, record, word, hidden_size
+    assert work.read.numel() >= step.max_rows * place.size
+    has_gates, (within, has_ends) = place.name in step.acting.gates, step.within(place.name)
+    size, tiles = step.acting.bottleneck, rank_tiles(step.acting.bottleneck)
+    where = step.records.stride(0), place.word, place.size
     normed = norm.weight, norm.bias, norm.eps
-    options = {
-        "NORM": int(norm.kind), "HAS_BIAS": norm.bias is not None, "BLOCK": _ROW_TILE, "enable_fp_fusion": True,
-    }  # fmt: skip
-    bottleneck.read[(step.max_rows,)](r, m, work.read, *rows, *normed, **options)
-    shrink(step, work.read, work.inside, word, 1, size, gathers=False)
-    bottleneck.widen[step.max_segments, -(-hidden_size // _OUTPUT_TILE)](
-        work.inside, work.found, step.segments, step.num_segments, step.records, record, word, hidden_size,
-        step.max_rows, rank_tiles(size) * RANK_TILE, SPLITS=split_of(hidden_size)[0],
+    of_norm = {"NORM": int(norm.kind), "HAS_BIAS": norm.bias is not None, "BLOCK": _ROW_TILE}
+    bottleneck.read[(step.max_rows,)](
+        r, m, work.read, work.gates, *step.of_rows, *where, *normed,
+        **of_norm, HAS_GATES=has_gates, enable_fp_fusion=True,
+    )  # fmt: skip
+    if has_gates:
+        close_gates(step, place.word + BottleneckWord.GATE, 1, work)
+    x = work.read[: step.max_rows * place.size].view(-1, place.size)
+    shrink(step, x, work.inside, place.word, 1, size, gathers=False)
+    bottleneck.widen[step.max_segments, -(-place.size // _OUTPUT_TILE)](
+        work.inside, work.found, work.gates, within, step.segments, step.num_segments, step.records, *where,
+        step.max_rows, tiles * RANK_TILE, SPLITS=split_of(place.size)[0], HAS_GATES=has_gates, HAS_ENDS=has_ends,
         BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=True,
     )  # fmt: skip
-    bottleneck.leave[(step.max_rows,)](r, m, work.found, *rows, *normed, **options)
+    bottleneck.leave[(step.max_rows,)](
+        r, m, work.found, within, *step.of_rows, *where, *normed,
+        **of_norm, HAS_ENDS=has_ends, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
-def skip_norms(step: StepAdapters, place: SublayerPlace, r: Tensor, m: Tensor, stream: Tensor) -> None:
+def change_stream(step: StepAdapters, place: StreamPlace, stream: Tensor, work: Workspace) -> None:
+    """Change the stream behind an encoder's layer, or its normed embeddings; [N, D] float32, contiguous."""
+    change_output(step, place, stream, stream, work)
+
+
+def skip_norms(step: StepAdapters, place: StreamPlace, r: Tensor, m: Tensor, stream: Tensor) -> None:
     """Give rows whose adapter skips the norm of the stream ``r + m'``, once the stream of all rows is normed.
 
     Args:
@@ -87,8 +100,8 @@ def skip_norms(step: StepAdapters, place: SublayerPlace, r: Tensor, m: Tensor, s
     """
     if place.name not in step.acting.norms_skipped:
         return
-    hidden_size = r.shape[1]
-    bottleneck.skip_norm[step.max_rows, -(-hidden_size // _ROW_TILE)](
-        r, m, stream, step.rows, step.slots, step.num_rows, step.records, step.records.stride(0), place.word,
-        hidden_size, BLOCK=_ROW_TILE, enable_fp_fusion=True,
+    within, has_ends = step.within(place.name)
+    bottleneck.skip_norm[step.max_rows, -(-place.size // _ROW_TILE)](
+        r, m, stream, within, *step.of_rows, step.records.stride(0), place.word, place.size,
+        HAS_ENDS=has_ends, BLOCK=_ROW_TILE, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.adapters.layout import MAX_MEMBERS, GroupPlace
+from manyhats.engine.backends.cuda.adapters.layout import GroupPlace
 from manyhats.engine.backends.cuda.adapters.segments import SEGMENT_ROWS
 from manyhats.engine.backends.cuda.adapters.step import (
     INPUT_TILE,
@@ -14,6 +14,7 @@ from manyhats.engine.backends.cuda.adapters.step import (
     rank_tiles,
     split_of,
 )
+from manyhats.engine.backends.cuda.record import GATES, MAX_MEMBERS
 from manyhats.engine.backends.cuda.triton import deltas
 
 _OUTPUT_TILE = 128
@@ -38,7 +39,7 @@ def scale_inputs(step: StepAdapters, place: GroupPlace, x: Tensor) -> None:
 
 
 def change_outputs(step: StepAdapters, place: GroupPlace, x: Tensor, y: Tensor, work: Workspace) -> None:
-    """Rescale and shift the outputs of a group's linears, and add their low-rank deltas.
+    """Rescale and shift the outputs of a group's linears, and add their low-rank deltas, by gates that are known.
 
     Args:
         step: the step's adapters.
@@ -50,7 +51,7 @@ def change_outputs(step: StepAdapters, place: GroupPlace, x: Tensor, y: Tensor, 
     if place.name not in step.acting.outputs:
         return
     shrink(step, x, work.inside, place.members, len(place.sizes), step.acting.rank, gathers=True)
-    expand(step, y, work.inside, place, step.acting.rank)
+    expand(step, y, work, place, step.acting.rank)
 
 
 def shrink(
@@ -87,14 +88,14 @@ def shrink(
     )  # fmt: skip
 
 
-def expand(step: StepAdapters, y: Tensor, inside: Tensor, place: GroupPlace, rank: int) -> None:
+def expand(step: StepAdapters, y: Tensor, work: Workspace, place: GroupPlace, rank: int) -> None:
     """What ``shrink`` left, times the second matrices, with factors and offsets: into y, as in ``change_outputs``."""
     sizes = (*place.sizes, *(0,) * (MAX_MEMBERS - len(place.sizes)))
     num_splits, _ = split_of(place.d_in)
     grid = (step.max_segments, len(place.sizes), -(-max(sizes) // _OUTPUT_TILE))
     deltas.expand[grid](
-        inside, y, step.rows, step.segments, step.num_segments, step.records, step.records.stride(0),
+        work.inside, y, work.gates, step.rows, step.segments, step.num_segments, step.records, step.records.stride(0),
         place.members, y.stride(0), *sizes, step.max_rows, rank_tiles(rank) * RANK_TILE,
-        PARTS=len(place.sizes), SPLITS=num_splits,
+        PARTS=len(place.sizes), SPLITS=num_splits, GATES=GATES if place.name in step.acting.gates else 0,
         BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=True,
     )  # fmt: skip

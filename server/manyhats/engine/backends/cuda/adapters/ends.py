@@ -54,7 +54,7 @@ def change_logits(
     rank, place = step.acting.head_rank, layout.head(logits.shape[1])
     if rank:
         shrink(step, hidden, work.inside, place.members, 1, rank, gathers=True)
-        expand(step, logits, work.inside, place, rank)
+        expand(step, logits, work, place, rank)
 
 
 def _own_logits(step: StepAdapters, word: int, num_rows: int, hidden: Tensor, logits: Tensor) -> None:

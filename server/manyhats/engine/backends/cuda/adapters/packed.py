@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import LayerNorm
+from manyhats.adapters.primitives import LayerNorm, LowRank
 from manyhats.engine.backends.cuda.adapters.acting import Acting
-from manyhats.engine.backends.cuda.record import ROW_VALUES
+from manyhats.engine.backends.cuda.record import EXPERT_MEMBERS, ROW_VALUES, ExpertWord
 
 _ALIGNMENT = 128
 """Bytes: every tensor begins at a multiple, zeros before it, so that a vector can be read to the end of a tile."""
@@ -83,7 +83,8 @@ class RecordWriter:
 
     def matrix(self, word: int, matrix: Tensor) -> None:
         """Enters a matrix [n, k], in bfloat16, its rows padded with zeros."""
-        self._put(word, matrix, torch.bfloat16, matrix.shape[0] * _padded(matrix.shape[1]) * 2)
+        self._record[word] = self._matrix(matrix)
+        self._addresses.append(word)
 
     def vector(self, word: int, vector: Tensor) -> None:
         """Enters a vector, in float32."""
@@ -93,11 +94,40 @@ class RecordWriter:
         """Enters a vector, in int32."""
         self._put(word, values, torch.int32, values.numel() * 4)
 
+    def gate(self, word: int, weight: Tensor, bias: Tensor) -> None:
+        """Enters a gate of one factor: weight [d_in], and behind it the bias, [] float32."""
+        self.vector(word, torch.cat((weight.float(), bias.float().reshape(1))))
+
+    def experts(self, word: int, num_experts: int, deltas: Mapping[tuple[int, int], LowRank]) -> None:
+        """Enters the table of one layer's experts.
+
+        Args:
+            word: of its address.
+            num_experts: E.
+            deltas: by expert, and the linear's place among ``EXPERT_MEMBERS``.
+        """
+        table = torch.zeros(num_experts, len(EXPERT_MEMBERS), len(ExpertWord), dtype=torch.int64)
+        for (expert, member), delta in deltas.items():
+            a, b = self._matrix(delta.a), self._matrix(delta.b.T)
+            table[expert, member] = torch.tensor((a, b, delta.rank, _bits(float(delta.scale))))
+        has_delta = table[:, :, ExpertWord.RANK] > 0
+        for address in (ExpertWord.A, ExpertWord.B):
+            table[:, :, address] -= self._end * has_delta
+        self._put(word, table.flatten(), torch.int64, table.nbytes)
+
     def _put(self, word: int, tensor: Tensor, dtype: torch.dtype, num_bytes: int) -> None:
-        self._record[word] = self._end
+        self._record[word] = self._append(tensor, dtype, num_bytes)
         self._addresses.append(word)
-        self._tensors.append((self._end, tensor, dtype))
+
+    def _matrix(self, matrix: Tensor) -> int:
+        return self._append(matrix, torch.bfloat16, matrix.shape[0] * _padded(matrix.shape[1]) * 2)
+
+    def _append(self, tensor: Tensor, dtype: torch.dtype, num_bytes: int) -> int:
+        """Where it will begin."""
+        begin = self._end
+        self._tensors.append((begin, tensor, dtype))
         self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return begin
 
 
 def _copy(tensor: Tensor, to: Tensor, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ def segments_of(rows: AdapterRows) -> Ints:
     return np.stack((slots[first], first, sizes), axis=1).astype(np.int32)
 
 
-def most_segments(num_rows: int, num_slots: int) -> int:
-    """The most segments that so many rows of so many slots can come to."""
-    distinct = min(num_rows, num_slots)
-    return distinct + (num_rows - distinct) // SEGMENT_ROWS
+def most_segments(num_rows: int, num_kinds: int, size: int = SEGMENT_ROWS) -> int:
+    """The most segments, of so many rows each, that rows of so many kinds can come to."""
+    distinct = min(num_rows, num_kinds)
+    return distinct + (num_rows - distinct) // size

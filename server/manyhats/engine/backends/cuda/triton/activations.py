@@ -32,7 +32,7 @@ def _relu(x):
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     """``1 / (1 + e⁻ˣ)``, by ``e^(−|x|)``, which does not overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
@@ -88,7 +88,7 @@ def activated(x, NAME: tl.constexpr):
     elif NAME == "mish":
         y = x * tanh(_softplus(x))
     elif NAME == "quick_gelu":
-        y = x * _sigmoid(1.702 * x)
+        y = x * sigmoid(1.702 * x)
     elif NAME == "relu":
         y = _relu(x)
     elif NAME == "relu2":
@@ -97,9 +97,9 @@ def activated(x, NAME: tl.constexpr):
         y = _relu(x)
         y = tl.where(y > 6.0, 6.0, y)
     elif NAME == "sigmoid":
-        y = _sigmoid(x)
+        y = sigmoid(x)
     elif NAME == "silu":
-        y = x * _sigmoid(x)
+        y = x * sigmoid(x)
     elif NAME == "sqrtsoftplus":
         y = tl.sqrt(_softplus(x))
     elif NAME == "tanh":

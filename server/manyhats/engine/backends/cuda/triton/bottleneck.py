@@ -1,5 +1,7 @@
 """Bottleneck adapters on a sub-layer's output m, r being the stream that entered it; N is the norm of the stream.
 
+Elsewhere on the stream m and r are the stream itself, the same memory.
+
 ``read`` takes what each row's adapter reads, ``deltas.shrink`` multiplies that by the first matrix, ``widen`` activates
 and multiplies by the second, ``leave`` puts m' in the place of m. Rows are read whole by one program, so that a norm's
 sums are the same in any step.
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 
 from manyhats.engine.backends.cuda.record import BottleneckWord, Source, StreamNorm
-from manyhats.engine.backends.cuda.triton.activations import activated_by
+from manyhats.engine.backends.cuda.triton.activations import activated_by, sigmoid
 from manyhats.engine.backends.cuda.triton.deltas import (
     VARYING,
     integer,
@@ -20,6 +22,7 @@ from manyhats.engine.backends.cuda.triton.deltas import (
     shrunk,
     vector,
 )
+from manyhats.engine.backends.cuda.triton.gates import GATES
 
 UP = tl.constexpr(int(BottleneckWord.UP))
 SIZE = tl.constexpr(int(BottleneckWord.SIZE))
@@ -39,6 +42,10 @@ SKIPS_NORM = tl.constexpr(int(BottleneckWord.SKIPS_NORM))
 KEEP = tl.constexpr(int(BottleneckWord.KEEP))
 CARRY = tl.constexpr(int(BottleneckWord.CARRY))
 CARRY_NORMED = tl.constexpr(int(BottleneckWord.CARRY_NORMED))
+GATE = tl.constexpr(int(BottleneckWord.GATE))
+FIRST = tl.constexpr(int(BottleneckWord.FIRST))
+LAST = tl.constexpr(int(BottleneckWord.LAST))
+IS_SPLIT = tl.constexpr(int(BottleneckWord.IS_SPLIT))
 
 NOTHING = tl.constexpr(int(Source.NOTHING))
 OUTPUT = tl.constexpr(int(Source.OUTPUT))
@@ -103,15 +110,38 @@ def moments(
     return own_mean, 1.0 / tl.sqrt(tl.sum(squares) / D + eps)
 
 
+@triton.jit
+def part_of(entry, size, within, place):
+    """Which of a bottleneck's values rows have, from the first one to before the last one, by ``TextEnds.part``.
+
+    within [places, 2] int32: a row's place in its text, and the text's rows.
+    """
+    row, length = tl.load(within + place * 2), tl.load(within + place * 2 + 1)
+    half = tl.where(integer(entry + IS_SPLIT) != 0, size // 2, 0)
+    is_last = row >= length - integer(entry + LAST)
+    end = tl.where(row < integer(entry + FIRST), size - half, 0)
+    return tl.where(is_last, half, 0), tl.where(is_last, size, end)
+
+
+@triton.jit
+def has_part(entry, within, place, HAS_ENDS: tl.constexpr):
+    """Whether a row passes through its adapter's bottleneck, if there is one."""
+    size = integer(entry + SIZE)
+    start, end = 0, size
+    if HAS_ENDS:
+        start, end = part_of(entry, size, within, place)
+    return start < end
+
+
 @triton.jit(do_not_specialize=VARYING)
 def read(
-    r, m, x, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
-    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    r, m, x, gates, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``x[place] = norm_before(source)`` in bfloat16, for one row.
+    """``x[place] = norm_before(source)`` in bfloat16, for one row, and ``gates[place, 0] = σ(source · w + b)``.
 
-    r, m [N, D] float32; x [places, D]; rows, slots [places] int32; weight, bias [D] float32 and eps: of N, which
-    ``NORM`` says there is.
+    r, m [N, D] float32; x [places, D]; gates [places, GATES] float32, if ``HAS_GATES``; rows, slots [places] int32;
+    weight, bias [D] float32 and eps: of N, which ``NORM`` says there is.
 
     Grid: (places,).
     """
@@ -135,25 +165,38 @@ def read(
                     kind, m, r, m, D, mean, factor, weight, bias, number(entry + BEFORE_EPS),
                     NORM, HAS_BIAS, False, True, BLOCK,
                 )  # fmt: skip
+            has_gate = False
+            if HAS_GATES:
+                has_gate = tl.load(entry + GATE) != 0
+            opened = tl.zeros((BLOCK,), tl.float32)
             for c0 in range(0, D, BLOCK):
                 c = c0 + tl.arange(0, BLOCK)
                 v = source(kind, r, m, c, c < D, mean, factor, weight, bias, NORM, HAS_BIAS)
+                if has_gate:
+                    opened += tl.where(c < D, v, 0.0) * tl.load(
+                        vector(entry + GATE) + c, mask=c < D, other=0.0
+                    )
                 if has_before:
                     v = (v - own_mean) * own_factor
                     v *= tl.load(vector(entry + BEFORE_WEIGHT) + c, mask=c < D, other=0.0)
                     v += tl.load(vector(entry + BEFORE_BIAS) + c, mask=c < D, other=0.0)
                 tl.store(x + place * D + c, v.to(tl.bfloat16), mask=c < D)
+            if has_gate:
+                opened_by = sigmoid(tl.sum(opened) + tl.load(vector(entry + GATE) + D))
+                tl.store(gates + place * GATES, opened_by)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def widen(
-    t, f, segments, num_segments, records, RECORD, at, D, T_ROWS, SIZES,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    t, f, gates, within, segments, num_segments, records, RECORD, at, D, T_ROWS, SIZES,
+    SPLITS: tl.constexpr, HAS_GATES: tl.constexpr, HAS_ENDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """``f[place] = scale · (act(Σ t[:, place] + down_bias) U + up_bias)``.
+    """``f[place] = g · scale · (act(Σ t[:, place] + down_bias) U + up_bias)``; of act, what rows have of it.
 
-    t as ``shrink`` left it, with one part; f [places, D] float32; what is activated is rounded to bfloat16. Biases are
-    padded with zeros to whole tiles, and what is activated beyond the size meets zeros in U.
+    t as ``shrink`` left it, with one part; f [places, D] float32; g is gates[place, 0], or 1; within [places, 2] int32
+    as ``part_of`` reads it, if ``HAS_ENDS``; what is activated is rounded to bfloat16. Biases are padded with zeros to
+    whole tiles, and what is activated beyond the size meets zeros in U.
 
     Grid: (segments, D / BN).
     """
@@ -166,11 +209,15 @@ def widen(
             up, stride, activation = matrix(entry + UP), padded(D), integer(entry + ACTIVATION)
             i = tl.arange(0, BM)
             place = first + i
+            if HAS_ENDS:
+                start, end = part_of(entry, size, within, tl.where(i < count, place, first))
             total = tl.zeros((BM, BN), tl.float32)
             for r0 in range(0, size, BR):
                 r = r0 + tl.arange(0, BR)
                 T = shrunk(t, place, 0, r, i < count, T_ROWS, SIZES, 1, SPLITS)
                 T = activated_by(activation, T + tl.load(vector(entry + DOWN_BIAS) + r)[None, :])
+                if HAS_ENDS:
+                    T = tl.where((r[None, :] >= start[:, None]) & (r[None, :] < end[:, None]), T, 0.0)
                 W = tl.load(
                     up + r[:, None] * stride + c[None, :],
                     mask=(r < size)[:, None] & (c < D)[None, :],
@@ -179,24 +226,27 @@ def widen(
                 total = tl.dot(T.to(tl.bfloat16), W, total)
             total += tl.load(vector(entry + UP_BIAS) + c, mask=c < D, other=0.0)[None, :]
             total *= tl.load(vector(entry + SCALE) + c, mask=c < D, other=0.0)[None, :]
+            if HAS_GATES:  # noqa: SIM102 - the outer condition is the compiler's
+                if tl.load(entry + GATE) != 0:
+                    total *= tl.load(gates + place * GATES, mask=i < count, other=0.0)[:, None]
             tl.store(f + place[:, None] * D + c[None, :], total, mask=(i < count)[:, None] & (c < D)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def leave(
-    r, m, f, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
-    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    r, m, f, within, rows, slots, num_rows, records, RECORD, at, D, weight, bias, eps,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ENDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``m[row] = keep · m + carry · r + carry_normed · N(r + m) + (f, or norm_after(f + norm_residual))``, in place.
 
-    r, m [N, D] and f [places, D] float32; the others as in ``read``.
+    r, m [N, D] and f [places, D] float32; within as in ``widen``, the others as in ``read``.
 
     Grid: (places,).
     """
     place = tl.program_id(0)
     if place < tl.load(num_rows):
         entry = records + tl.load(slots + place) * RECORD + at
-        if integer(entry + SIZE) > 0:
+        if has_part(entry, within, place, HAS_ENDS):
             row, kind = tl.load(rows + place), integer(entry + NORM_RESIDUAL)
             r += row * D
             m += row * D
@@ -238,16 +288,18 @@ def leave(
 
 @triton.jit(do_not_specialize=VARYING)
 def skip_norm(
-    r, m, stream, rows, slots, num_rows, records, RECORD, at, D, BLOCK: tl.constexpr
+    r, m, stream, within, rows, slots, num_rows, records, RECORD, at, D, HAS_ENDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """``stream[row] = r + m'`` for rows whose adapter skips the norm that the stream has had; all [N, D] float32.
+
+    within is as in ``widen``.
 
     Grid: (places, D / BLOCK).
     """
     place, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if place < tl.load(num_rows):
         entry = records + tl.load(slots + place) * RECORD + at
-        if integer(entry + SKIPS_NORM) != 0:
+        if (integer(entry + SKIPS_NORM) != 0) & has_part(entry, within, place, HAS_ENDS):
             to = tl.load(rows + place) * D + c
             v = tl.load(r + to, mask=c < D, other=0.0) + tl.load(m + to, mask=c < D, other=0.0)
             tl.store(stream + to, v, mask=c < D)

@@ -15,6 +15,7 @@ RANK = tl.constexpr(int(LinearWord.RANK))
 SCALE = tl.constexpr(int(LinearWord.SCALE))
 FACTORS = tl.constexpr(int(LinearWord.FACTORS))
 OFFSETS = tl.constexpr(int(LinearWord.OFFSETS))
+GATE = tl.constexpr(int(LinearWord.GATE))
 WORDS = tl.constexpr(len(LinearWord))
 PAD = tl.constexpr(ROW_VALUES)
 
@@ -115,13 +116,15 @@ def shrink(
 
 @triton.jit(do_not_specialize=VARYING)
 def expand(
-    t, y, rows, segments, num_segments, records, RECORD, at, Y_STRIDE, SIZE0, SIZE1, SIZE2, T_ROWS, RANKS,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    t, y, gates, rows, segments, num_segments, records, RECORD, at, Y_STRIDE, SIZE0, SIZE1, SIZE2, T_ROWS, RANKS,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """``y[row] = y[row] · factors + offsets + scale · (Σ t[:, place, part]) B`` in the columns of each part.
 
     t as ``shrink`` left it; y [N, Y_STRIDE] bfloat16 or float32, the parts side by side, SIZE0 … SIZE2 columns each;
-    B [rank, size padded] bfloat16; the sum of t is rounded to bfloat16.
+    gates [places, GATES] float32, with the factor of a part's scale or, without a B, of y, where it has a gate; GATES
+    is 0 if no part has; B [rank, size padded] bfloat16; the sum of t is rounded to bfloat16.
 
     Grid: (segments, PARTS, largest size / BN).
     """
@@ -133,13 +136,21 @@ def expand(
         entry = records + slot * RECORD + at + part * WORDS
         rank = integer(entry + RANK)
         has_factors, has_offsets = tl.load(entry + FACTORS) != 0, tl.load(entry + OFFSETS) != 0
-        if (rank > 0) | has_factors | has_offsets:
+        has_gate = False
+        if GATES > 0:
+            has_gate = tl.load(entry + GATE) != 0
+        if (rank > 0) | has_factors | has_offsets | has_gate:
             i, c = tl.arange(0, BM), column0 + tl.arange(0, BN)
             place = first + i
             row = tl.load(rows + place, mask=i < count, other=0)
             mine = (i < count)[:, None] & (c < size)[None, :]
             to = y + row[:, None] * Y_STRIDE + start + c[None, :]
             changed = tl.load(to, mask=mine, other=0.0).to(tl.float32)
+            gate = tl.full((BM,), 1.0, tl.float32)
+            if has_gate:
+                gate = tl.load(gates + place * GATES + part, mask=i < count, other=0.0)
+            if rank == 0:
+                changed *= gate[:, None]
             if has_factors:
                 changed *= tl.load(vector(entry + FACTORS) + c, mask=c < size, other=0.0)[None, :]
             if has_offsets:
@@ -156,7 +167,7 @@ def expand(
                         other=0.0,
                     )
                     total = tl.dot(T.to(tl.bfloat16), W, total)
-                changed += total * number(entry + SCALE)
+                changed += total * (number(entry + SCALE) * gate)[:, None]
             tl.store(to, changed.to(y.dtype.element_ty), mask=mine)
 
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from manyhats.engine.backends.backend import AdapterSlots, Backend, Model
+from manyhats.engine.backends.dtypes import block_bytes
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import StepPlan, int32
-from manyhats.engine.backends.wants import Choices, Targets, Wants
+from manyhats.engine.backends.wants import Choices, Outcome, Targets, Wants
 from manyhats.engine.backends.warmup import every_filter
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
@@ -56,6 +59,63 @@ class DeviceMemory:
                 "--max-batched-tokens, or a smaller model leaves more"
             )
         return num_blocks * block_bytes
+
+
+def cache_bytes_left(
+    backend: Backend,
+    model: Model[Any, Any],
+    slots: AdapterSlots[Any],
+    block_size: int,
+    dtype: str,
+    limits: Limits,
+    device: torch.device,
+) -> int:
+    """What is left of a GPU's memory for keys and values beside the model, its largest step, and adapters.
+
+    Args:
+        backend: the model's.
+        model: prepared.
+        slots: empty.
+        block_size: cells per block.
+        dtype: of the cache.
+        limits: of the engine.
+        device: the GPU.
+
+    Raises:
+        ModelError: less than a block.
+    """
+    architecture = model.architecture
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run_largest(backend, model, slots, block_size, dtype, limits)
+    step = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    memory = DeviceMemory(
+        total=total,
+        used=total - free,
+        step=step,
+        adapters=limits.adapter_bytes,
+        fraction=limits.memory_fraction,
+    )
+    size = block_bytes(architecture, block_size, dtype)
+    return memory.cache_bytes(architecture, size, block_size, limits)
+
+
+def run_largest(
+    backend: Backend,
+    model: Model[Any, Any],
+    slots: AdapterSlots[Any],
+    block_size: int,
+    dtype: str,
+    limits: Limits,
+) -> Outcome:
+    """Run the largest step once, on a cache that is just large enough, which is given back."""
+    architecture = model.architecture
+    plan = largest_plan(limits, block_size, architecture)
+    num_bytes = plan.block_tables.size * block_bytes(architecture, block_size, dtype)
+    cache = backend.new_cache(architecture, block_size, dtype, num_bytes)
+    return model.forward(plan, cache, slots).finish(largest_wants(limits, plan)).result()
 
 
 def _gib(num_bytes: int) -> str:
