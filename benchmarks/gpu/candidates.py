@@ -140,7 +140,13 @@ class Weights:
 
 
 def make_weights(
-    shape: Shape, device: torch.device, sm: int, *, seed: int = 0, flattens: bool = False, decodes: bool = True
+    shape: Shape,
+    device: torch.device,
+    sm: int,
+    *,
+    seed: int = 0,
+    flattens: bool = False,
+    decodes: bool = True,
 ) -> Weights:
     """Random weights of a shape; without ``decodes`` there is nothing in the dense ones."""
     generator = torch.Generator(device).manual_seed(seed)

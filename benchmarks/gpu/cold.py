@@ -26,11 +26,15 @@ def run(out: Recorder, scale: Scale) -> None:
     scale = replace(scale, decode_rows=(rows,))
     engine = Engine(BACKENDS["strict"](scale, model), model, scale, most)
     engine.place(rows)
-    num_steps = max(1, 4 * scale.num_steps)
+    num_steps = 4 * scale.num_steps if scale.is_gpu else scale.num_steps
     alone = engine.decode(rows, scale.step_context, num_steps, rows)
     loader = _Loader(engine, rows + 1, _LOADS if scale.is_gpu else 1)
     beside = engine.decode(
-        rows, scale.step_context, num_steps, rows, while_steps=lambda step: loader.begin() if not step else None
+        rows,
+        scale.step_context,
+        num_steps,
+        rows,
+        while_steps=lambda step: loader.begin() if not step else None,
     )
     loader.join()
     size = adapter_bytes(model.architecture, scale.rank)

@@ -58,7 +58,7 @@ def _check(out: Recorder, check: Checks, place: Place) -> None:
                 is_right=each.is_right,
             )
     except Exception as error:  # noqa: BLE001 - the others go on
-        out.record("kernel", kernel=check.__name__, is_right=False, failure=repr(error))
+        out.record("kernel", kernel=repr(check), is_right=False, failure=repr(error))
         print(traceback.format_exc(), flush=True)
 
 
@@ -78,7 +78,9 @@ def _compile(out: Recorder, scale: Scale, sm: int) -> None:
     seconds = time.perf_counter() - began_s
     out.record("compiled", sm=sm, jobs=len(jobs), done=len(done) - len(failed), seconds=seconds)
     if len(done) < len(jobs):
-        out.lacks(f"{len(jobs) - len(done)} of {len(jobs)} configurations compiled in advance: the time was over")
+        out.lacks(
+            f"{len(jobs) - len(done)} of {len(jobs)} configurations compiled in advance: the time was over"
+        )
 
 
 def jobs_of(scale: Scale, sm: int) -> list[Job]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,8 +33,8 @@ from manyhats.engine.backends.cuda.linear_tiles import tiles_for
 from manyhats.engine.backends.cuda.nf4_linear import nf4_dequantize
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 
-_CALLS, _FEW_CALLS, _MANY_ROWS = 20, 3, 512
-"""Products that are timed together: of few rows, and from so many rows on."""
+_FEW_CALLS, _MANY_ROWS = 3, 512
+"""Products that are timed together, from so many rows on."""
 _MOST_COPIES = 32
 _FEW_ROWS = (1, 16, 64)
 """Numbers of rows for which K is also cut in other ways than the default."""
@@ -44,6 +45,7 @@ class Bench:
     """What is timed on.
 
     Attributes:
+        calls: products that are timed together.
         copies: weights of one shape, together larger than a cache.
         flat: the same with plain absmaxes.
         ceilings: bytes, and operations, that the card does in a second; None if part 0 did not tell.
@@ -51,6 +53,7 @@ class Bench:
 
     out: Recorder
     timer: Timer
+    calls: int
     shape: Shape
     copies: list[Weights]
     flat: list[Weights]
@@ -64,7 +67,7 @@ class Bench:
     def in_turn(self, rows: int, weights: list[Weights] | None = None) -> Iterator[Weights]:
         """The weights, one after another, as often as they are timed."""
         chosen = weights or self.copies
-        count = _FEW_CALLS if rows >= _MANY_ROWS else max(_CALLS, len(chosen))
+        count = min(_FEW_CALLS, self.calls) if rows >= _MANY_ROWS else max(self.calls, len(chosen))
         return islice(cycle(chosen), count)
 
     def record(self, what: str, rows: int, timed: Timed, num_bytes: int, **figures: Any) -> None:
@@ -95,8 +98,6 @@ def run(out: Recorder, scale: Scale) -> None:
     peers = _Peers.found(out)
     shapes = list(scale.shape.distinct_linears.values())
     for shape in shapes if scale.is_gpu else shapes[:1]:
-        if out.is_late:
-            return
         bench = _bench(out, scale, shape, device)
         for rows in scale.linear_rows:
             if out.is_late:
@@ -111,14 +112,13 @@ def _bench(out: Recorder, scale: Scale, shape: Shape, device: torch.device) -> B
     count = max(1, min(_MOST_COPIES, -(-scale.rotated_bytes // size)))
     sm = sm_of(device)
     copies = [make_weights(shape, device, sm, seed=seed, decodes=seed == 0) for seed in range(count)]
-    flat = [
-        make_weights(shape, device, sm, seed=seed, flattens=True, decodes=False) for seed in range(count)
-    ]
+    flat = [make_weights(shape, device, sm, seed=seed, flattens=True, decodes=False) for seed in range(count)]
     ceilings = out.earlier("0")
     copy, product = ceilings.first("copy", "gb_per_s"), ceilings.first("product", "tflop_per_s")
     return Bench(
         out,
         Timer(device, scale.repeats),
+        scale.calls,
         shape,
         copies,
         flat,
@@ -127,28 +127,32 @@ def _bench(out: Recorder, scale: Scale, shape: Shape, device: torch.device) -> B
 
 
 def _time_own(bench: Bench, scale: Scale, rows: int, device: torch.device) -> None:
-    """Every candidate for so many rows; ways to cut K other than the default one only where few rows need them."""
+    """Every candidate of the usual way to cut K; of the other ways those tiles that were the fastest there."""
     x, y = _inputs(bench.shape, rows, device)
-    sm = sm_of(device)
-    for index, family in enumerate(families(bench.shape, is_tiny=not scale.is_gpu)):
-        candidates = [
-            each
-            for each in nf4_candidates(bench.shape, family, sm, is_tiny=not scale.is_gpu)
-            if each.serves(rows)
-        ]
-        if index and rows not in _FEW_ROWS:
-            continue
-        for candidate in candidates:
+    sm, is_tiny = sm_of(device), not scale.is_gpu
+    usual, *others = families(bench.shape, is_tiny=is_tiny)
+    candidates = [
+        each for each in nf4_candidates(bench.shape, usual, sm, is_tiny=is_tiny) if each.serves(rows)
+    ]
+    times: dict[Candidate, float] = {}
+    for candidate in candidates:
+        if bench.out.is_late:
+            return
+        times[candidate] = _time(bench, candidate, x, y, bench.copies, "nested")
+        _time(bench, candidate, x, y, bench.flat, "plain")
+    for block_k, splits in others:
+        for candidate in sorted(times, key=times.__getitem__)[:_BEST]:
             if bench.out.is_late:
                 return
-            _time(bench, candidate, x, y, bench.copies, "nested")
-            if not index:
-                _time(bench, candidate, x, y, bench.flat, "plain")
-        if not index and rows >= _DECODING_FROM:
+            cut = replace(candidate, block_k=block_k, splits=splits)
+            _time(bench, cut, x, y, bench.copies, "nested")
+    if rows >= _DECODING_FROM:
+        for family in (usual, *others):
             decoded = next(each for each in dense_candidates(bench.shape, family, sm) if each.serves(rows))
             _time_decoded_first(bench, decoded, x, y)
 
 
+_BEST = 2
 _DECODING_FROM = 128
 """Rows from which decoding weights first may pay."""
 
@@ -160,7 +164,8 @@ def _inputs(shape: Shape, rows: int, device: torch.device) -> tuple[Tensor, Tens
 
 def _time(
     bench: Bench, candidate: Candidate, x: Tensor, y: Tensor, weights: list[Weights], absmax: str
-) -> None:
+) -> float:
+    """Seconds; infinitely many if it cannot run."""
     rows = len(x)
     parts = torch.empty(num_parts(candidate, rows), device=x.device)
     try:
@@ -169,9 +174,10 @@ def _time(
         )
     except Exception as error:  # noqa: BLE001 - one that a card cannot run is no choice; the others go on
         bench.out.record("not run", candidate=candidate.key, rows=rows, failure=repr(error))
-        return
+        return math.inf
     num_bytes = weights[0].nf4.num_bytes
     bench.record("nf4", rows, timed, num_bytes, absmax=absmax, candidate=candidate.key)
+    return timed.seconds
 
 
 def _time_decoded_first(bench: Bench, candidate: Candidate, x: Tensor, y: Tensor) -> None:
@@ -273,10 +279,10 @@ def _time_head(out: Recorder, scale: Scale, device: torch.device) -> None:
         x, y = _inputs((n, k), rows, device)
         parts = torch.empty(linear.tiles.splits * linear.tiles.num_partial_rows(rows) * n, device=device)
         ways: dict[str, Callable[[], object]] = {
-            "own": lambda x=x, y=y, parts=parts: dense_linear(x, linear, y, parts),
-            "torch": lambda x=x: functional.linear(x, weight),
+            "own": partial(dense_linear, x, linear, y, parts),
+            "torch": partial(functional.linear, x, weight),
         }
         for by, call in ways.items():
-            timed = timer.time([call] * _FEW_CALLS)
+            timed = timer.time([call] * min(_FEW_CALLS, scale.calls))
             gb_per_s = weight.nbytes / timed.seconds / 1e9
             out.record("head", by=by, shape=[n, k], rows=rows, us=1e6 * timed.seconds, gb_per_s=gb_per_s)

@@ -70,8 +70,8 @@ def _attention(
         "own": [step.launch for step in steps],
         "sdpa": [partial(_sdpa, each, num_queries) for each in texts],
     }
-    flops = 4 * attention.query_size * sum(
-        num_queries * (2 * length - num_queries + 1) / 2 for length in lengths
+    flops = (
+        4 * attention.query_size * sum(num_queries * (2 * length - num_queries + 1) / 2 for length in lengths)
     )
     for by, calls in ways.items():
         timed = timer.time(calls)
@@ -100,7 +100,9 @@ def _sdpa(texts: Texts, num_queries: int) -> Tensor:
         part.view(size, per_text, *part.shape[2:])[:, :length].transpose(1, 2)
         for part in (texts.keys, texts.values)
     )
-    queries = torch.stack(texts.queries).transpose(1, 2) if size > 1 else texts.queries[0][None].transpose(1, 2)
+    queries = (
+        torch.stack(texts.queries).transpose(1, 2) if size > 1 else texts.queries[0][None].transpose(1, 2)
+    )
     scale = texts.attention.scale
     return functional.scaled_dot_product_attention(
         queries, keys, values, is_causal=num_queries > 1, scale=scale, enable_gqa=True

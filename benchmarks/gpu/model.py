@@ -12,7 +12,8 @@ from benchmarks.gpu.scale import Shape
 from manyhats.adapters.primitives import Delta, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.model.architecture import Architecture
-from manyhats.engine.model.families.reading import Family, read_family
+from manyhats.engine.model.families.reading import read_family
+from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, Nf4Weight
 from manyhats.engine.model.weights import BlockWeights, Linear, NormWeight, Weights
 
@@ -53,7 +54,7 @@ def make_model(shape: Shape, device: torch.device, seed: int = 0) -> RandomModel
 
     def dense(*size: int) -> Tensor:
         values = torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
-        return values.mul_(size[1] ** -0.5)
+        return values * float(size[1] ** -0.5)
 
     def norm(size: int) -> NormWeight:
         return NormWeight(torch.ones(size, device=device))
@@ -96,13 +97,13 @@ def random_nf4(rows: int, columns: int, generator: torch.Generator, *, is_nested
     device = generator.device
     num_blocks = rows * columns // BLOCK_SIZE
     num_groups = -(-num_blocks // NESTED_BLOCK_SIZE)
-    mean = columns**-0.5 / _CODE_STD
+    mean = float(columns**-0.5 / _CODE_STD)
 
     def some_bytes(size: int) -> Tensor:
         return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator, device=device)
 
     def spread(size: int) -> Tensor:
-        return torch.rand(size, generator=generator, device=device) * 0.5 * mean + 0.5 * mean
+        return (torch.rand(size, generator=generator, device=device) + 1) * (0.5 * mean)
 
     return Nf4Weight(
         packed=some_bytes(rows * columns // 2),

@@ -111,7 +111,8 @@ def _transformers_model(random: RandomModel, device: torch.device) -> Any:
     model.model.norm.weight = _parameter(weights.final_norm.weight)
     model.model.embed_tokens.weight = _parameter(weights.embedding)
     model.lm_head.weight = _parameter(weights.head.matrix)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    with device:  # its table is computed
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.is_loaded_in_4bit = True  # by which PEFT knows
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0

@@ -17,6 +17,4 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         with suppress(ImportError):
             importlib.import_module(package)
 
-import benchmarks.gpu.candidates
-import benchmarks.gpu.model
 import manyhats.engine.backends.torch.backend  # noqa: F401

@@ -1,4 +1,4 @@
-"""Part B: whether a row keeps its bits alone, among others and in every configuration; if not, that one is no choice."""
+"""Part B: whether a row keeps its bits alone, among others and in every configuration of linears."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.gpu.candidates import (
     num_parts,
     sm_of,
 )
-from benchmarks.gpu.checks.mixing import architecture_of
 from benchmarks.gpu.checks.check import Place
+from benchmarks.gpu.checks.mixing import architecture_of
 from benchmarks.gpu.paged import AttentionStep, Chunk, Texts, num_lanes_of
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import Scale
@@ -85,7 +85,7 @@ def _wrong_rows(
             continue
         # In random places among the others.
         places = random.Random(count).sample(range(count), min(count, _PROBES))
-        order = [row for row in range(_PROBES, _PROBES + count)]
+        order = list(range(_PROBES, _PROBES + count))
         for probe, at in enumerate(places):
             order[at] = probe
         among = x[[row % len(x) for row in order]]

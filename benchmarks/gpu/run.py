@@ -89,7 +89,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", type=lambda text: text.split(","), default=names, metavar="PART,…", help=",".join(names)
     )
     parser.add_argument(
-        "--cpu", action="store_true", help="see that everything works, in Triton's interpreter; no figure counts"
+        "--cpu",
+        action="store_true",
+        help="see that everything works, in Triton's interpreter; no figure counts",
     )
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.only) - set(names)):
@@ -119,9 +121,7 @@ def _run_parts(parts: Sequence[Part], scale: Scale, directory: Path, budget_s: f
         _end(process, directory, part, limit_s)
 
 
-def limit_of(
-    part: Part, after: Sequence[Part], left_s: float, budget_s: float
-) -> tuple[float, bool]:
+def limit_of(part: Part, after: Sequence[Part], left_s: float, budget_s: float) -> tuple[float, bool]:
     """Seconds that a part gets of what is left, and whether it is to be short.
 
     Those that follow keep theirs: what is missing is taken from part E first, then from F, then from what comes last.
@@ -156,10 +156,15 @@ def _run_part(part: Part, scale: Scale, directory: Path, limit_s: float, is_shor
     out = Recorder(directory, part.name, limit_s, is_short=is_short)
     try:
         importlib.import_module(f"benchmarks.gpu.{part.module}").run(out, scale)
-    except ImportError as error:
-        out.lacks(f"what needs a package: {error}")
-    except Exception:  # noqa: BLE001 - whatever ends one part, the others go on
-        out.found.failure = traceback.format_exc()
-        print(out.found.failure, flush=True)
+    except Exception as error:  # noqa: BLE001 - whatever ends one part, the others go on
+        if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
+            out.lacks(f"what needs {error.name}, which is not installed")
+        else:
+            out.found.failure = traceback.format_exc()
+            print(out.found.failure, flush=True)
     finally:
         out.write()
+
+
+def _is_ours(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").startswith(("benchmarks", "manyhats"))

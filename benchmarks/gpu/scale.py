@@ -70,6 +70,7 @@ class Scale:
         device: ``cuda`` or ``cpu``.
         shape: of the model, whose linears are the ones measured.
         repeats: of a measurement, whose median is taken.
+        calls: of a small kernel, that are timed together.
         copy_bytes: of the copy that gives the ceiling of bandwidth.
         product: side of the product that gives the ceiling of arithmetic.
         linear_rows: numbers of rows of linears that are timed.
@@ -83,6 +84,7 @@ class Scale:
         step_adapters: distinct adapters in them.
         step_context: positions behind which they decode.
         num_steps: decode steps of one measurement.
+        num_warm: steps before them.
         step_prompts: lengths of prompts.
         max_rows: of a step.
         rank: of the engine's adapters, on all linears.
@@ -96,6 +98,7 @@ class Scale:
     device: str
     shape: Shape
     repeats: int
+    calls: int
     copy_bytes: int
     product: int
     linear_rows: tuple[int, ...]
@@ -109,6 +112,7 @@ class Scale:
     step_adapters: tuple[int, ...]
     step_context: int
     num_steps: int
+    num_warm: int
     step_prompts: tuple[int, ...]
     max_rows: int
     rank: int
@@ -128,6 +132,7 @@ GPU = Scale(
     device="cuda",
     shape=LLAMA_8B,
     repeats=3,
+    calls=20,
     copy_bytes=4 << 30,
     product=8192,
     linear_rows=(1, 4, 8, 16, 32, 64, 128, 512, 2048),
@@ -141,6 +146,7 @@ GPU = Scale(
     step_adapters=(0, 1, 8, 32, 64),
     step_context=512,
     num_steps=12,
+    num_warm=2,
     step_prompts=(512, 2048, 8192),
     max_rows=2048,
     rank=16,
@@ -154,6 +160,7 @@ CPU = Scale(
     device="cpu",
     shape=TINY,
     repeats=1,
+    calls=1,
     copy_bytes=1 << 20,
     product=64,
     linear_rows=(1, 17),
@@ -167,6 +174,7 @@ CPU = Scale(
     step_adapters=(0, 2),
     step_context=6,
     num_steps=1,
+    num_warm=0,
     step_prompts=(8,),
     max_rows=16,
     rank=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -42,9 +43,7 @@ def plan_of(parts: Sequence[Part], blocks_each: int, vocab_size: int) -> StepPla
     first_cell = np.repeat([part.sequence * blocks_each * BLOCK for part in parts], counts)
     positions: Ints = np.concatenate(rows)
     starts = np.concatenate(([0], np.cumsum(counts)))
-    tables = np.arange(blocks_each, dtype=np.int32) + blocks_each * int32(
-        [[part.sequence] for part in parts]
-    )
+    tables = np.arange(blocks_each, dtype=np.int32) + blocks_each * int32([[part.sequence] for part in parts])
     return StepPlan(
         token_ids=(positions * 7919 + 13) % vocab_size,
         positions=positions,
@@ -102,10 +101,13 @@ class Engine:
         architecture = model.architecture
         self._vocab_size = architecture.vocab_size
         self._is_cuda = scale.is_gpu
+        self._num_warm = scale.num_warm
         self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
         self.model = backend.prepare(architecture, model.weights)
         self.adapters = backend.new_adapters(architecture, num_slots + 1, "bfloat16")
-        num_blocks = max((max(scale.decode_rows) + 1) * self._decode_blocks, -(-max(scale.step_prompts) // BLOCK))
+        num_blocks = max(
+            (max(scale.decode_rows) + 1) * self._decode_blocks, -(-max(scale.step_prompts) // BLOCK)
+        )
         wanted = num_blocks * BLOCK * architecture.kv_bytes_per_token("bfloat16")
         num_bytes = min(wanted, _left(scale, num_slots * adapter_bytes(architecture, scale.rank)))
         self.cache = backend.new_cache(architecture, BLOCK, "bfloat16", num_bytes)
@@ -144,9 +146,9 @@ class Engine:
                 self._decode_blocks,
                 self._vocab_size,
             )
-            for step in range(2 + num_steps)
+            for step in range(self._num_warm + num_steps)
         ]
-        return self.run(plans, num_warm=2, while_steps=while_steps)
+        return self.run(plans, num_warm=self._num_warm, while_steps=while_steps)
 
     def prefill(self, length: int, max_rows: int) -> StepTimes:
         """One prompt, in steps of at most so many rows."""
@@ -171,9 +173,9 @@ class Engine:
                 self._decode_blocks,
                 self._vocab_size,
             )
-            for step in range(1 + num_steps)
+            for step in range(self._num_warm + num_steps)
         ]
-        return self.run(plans, num_warm=1)
+        return self.run(plans, num_warm=self._num_warm)
 
     def run(
         self,
@@ -214,9 +216,9 @@ def _times(ends_s: Sequence[float], marks: Sequence[tuple[Any, Any]]) -> StepTim
     if marks:
         torch.cuda.synchronize()
     return StepTimes(
-        [after - before for before, after in zip(ends_s, ends_s[1:], strict=False)],
+        [after - before for before, after in pairwise(ends_s)],
         [begin.elapsed_time(end) / 1000 for begin, end in marks],
-        [end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in zip(marks, marks[1:], strict=False)],
+        [end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in pairwise(marks)],
     )
 
 
@@ -243,7 +245,7 @@ def limits_of(scale: Scale, model: RandomModel) -> Limits:
     size = adapter_bytes(model.architecture, scale.rank)
     return Limits(
         max_rows=max(scale.max_rows, *scale.decode_rows),
-        max_sequences=max(*scale.decode_rows, scale.num_streams),
+        max_sequences=max(*scale.decode_rows, scale.num_streams) + 1,
         adapter_bytes=int(most * (size * 1.05 + 65536)),
         memory_fraction=0.9,
     )

@@ -74,7 +74,7 @@ def event_seconds(run: Callable[[], object]) -> float:
 
 def event() -> Any:
     """One that has a time."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _run(calls: Sequence[Call]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,8 @@ from manyhats.trainer.run.optimizer import AdapterOptimizer
 from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.trainer.settings.settings import OptimizationSettings
 
-_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+_Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+_OPTIMIZERS: tuple[_Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RATE = 1e-3
 
 
@@ -31,9 +32,7 @@ def run(out: Recorder, scale: Scale) -> None:
     """Each optimizer from the same beginning."""
     device = torch.device(scale.device)
     model = _loaded(make_model(scale.shape, device))
-    decoder = TrainingDecoder(
-        model, dtype=torch.bfloat16, gradient_checkpointing=scale.is_gpu, device=device
-    )
+    decoder = TrainingDecoder(model, dtype=torch.bfloat16, gradient_checkpointing=scale.is_gpu, device=device)
     batch = _rows(scale)
     for name in _OPTIMIZERS:
         if out.is_late:
@@ -74,7 +73,7 @@ def _rows(scale: Scale) -> list[TokenizedRow]:
 def _train(
     out: Recorder,
     scale: Scale,
-    name: str,
+    name: _Optimizer,
     model: LoadedModel,
     decoder: TrainingDecoder,
     batch: list[TokenizedRow],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,9 @@ class _Served:
         self.layout = slots.layout
         rows = AdapterRows.of(int32(_SLOTS))
         self.step = StepAdapters.of(rows, slots.records, slots.acting(rows))
-        work = Workspace.of(len(_SLOTS), self.layout, _LARGEST, place.device)
-        self.work = Workspace(*(part.fill_(NAN) for part in (work.inside, work.read, work.found)))
+        self.work = Workspace.of(len(_SLOTS), self.layout, _LARGEST, place.device)
+        for field in fields(self.work):
+            getattr(self.work, field.name).fill_(NAN)
 
     def rows(self) -> Iterator[tuple[int, list[Delta]]]:
         """Each row, and what its adapter has."""
@@ -74,8 +75,8 @@ def check_deltas(place: Place) -> Iterator[Check]:
         a, b = place.normal(seed, rank, hidden, scale=hidden**-0.5), place.normal(seed + 1, size, rank)
         return LowRank(Site(0, name), a.cpu(), b.cpu(), 0.5)
 
-    first = [low_rank(1, query.name, query.d_out, 16), low_rank(3, value.name, value.d_out, 5)]
-    second = [
+    first: list[Delta] = [low_rank(1, query.name, query.d_out, 16), low_rank(3, value.name, value.d_out, 5)]
+    second: list[Delta] = [
         Affine(Site(0, key.name), 1 + place.normal(5, key.d_out).cpu(), place.normal(6, key.d_out).cpu()),
         low_rank(7, query.name, query.d_out, 33),
     ]
@@ -85,11 +86,12 @@ def check_deltas(place: Place) -> Iterator[Check]:
     expected = y.double()
     for row, held in served.rows():
         for delta in held:
+            assert isinstance(delta, Affine | LowRank)
             columns = _columns(group.names.index(delta.site.name), [m.d_out for m in group.members])
             part = expected[row, columns]
             if isinstance(delta, Affine):
                 expected[row, columns] = equations.affine(part, _on(delta, place))
-            elif isinstance(delta, LowRank):
+            else:
                 a, b = (matrix.to(place.device).double() for matrix in (delta.a, delta.b))
                 expected[row, columns] = part + equations.low_rank(x[row].double(), a, b, delta.scale)
     deltas.change_outputs(served.step, served.layout.group(0, group.name), x, y, served.work)
@@ -147,7 +149,7 @@ def check_bottlenecks(place: Place) -> Iterator[Check]:
             assert isinstance(delta, Bottleneck)
             wide = replace(delta, down=delta.down.float(), up=delta.up.float())
             expected[row] = equations.bottleneck(wide, r[row].cpu(), expected[row])
-    bottlenecks.change_output(served.step, served.layout.sublayer(site), r, m, served.work)
+    bottlenecks.change_output(served.step, served.layout.place(site), r, m, served.work)
     yield Check("K9 bottleneck", off(m, expected.to(place.device)), 5e-3)
 
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.paged import AttentionStep, Chunk, Texts, num_lanes_of
 from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.norms import add_norm, norm
 from manyhats.engine.backends.cuda.rotary import rotate_and_store
-from manyhats.engine.backends.torch.model import rotated
+from manyhats.engine.backends.torch.rotation import rotated
 from manyhats.engine.model.architecture import Architecture, Attention, Norm
 from manyhats.engine.model.families.reading import read_family
 from manyhats.engine.model.rotary import RotaryTables
@@ -61,7 +61,8 @@ def check_rotation(place: Place) -> Iterator[Check]:
     keys, values = (place.poisoned(_BLOCKS, _BLOCK, kv_heads, size, dtype=torch.bfloat16) for _ in "kv")
     rotate_and_store(qkv, attention, (cos, sin), positions, cells, None, None, queries, keys, values)
     q, k, v = (
-        each.unflatten(1, (-1, size)) for each in qkv.split((heads * size, kv_heads * size, kv_heads * size), 1)
+        each.unflatten(1, (-1, size))
+        for each in qkv.split((heads * size, kv_heads * size, kv_heads * size), 1)
     )
     angles = cos[positions].double(), sin[positions].double()
     rounding = 2**-8
