@@ -88,6 +88,11 @@ class Vocabularies:
         divided += [(group, _renumbered(part.wants, group)) for group, part in zip(own, parts, strict=True)]
         return cls(divided, wants, [rest, *parts])
 
+    @property
+    def places(self) -> Sequence[Array]:
+        """Which of the choices each of ``wants`` has."""
+        return [part.choices for part in self._parts]
+
     def joined(self, outcomes: Sequence[Outcome]) -> Outcome:
         """The outcomes of ``wants``, in their order, as one in the order of what was wanted first."""
         wants, rest = self._all, outcomes[0]

@@ -7,6 +7,7 @@ import torch
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.cache import CudaKVCache
+from manyhats.engine.backends.cuda.graphs import Capture, CapturingOnGpu
 from manyhats.engine.backends.cuda.model import CudaModel, Device
 from manyhats.engine.backends.dtypes import block_bytes
 from manyhats.engine.backends.limits import Limits
@@ -27,10 +28,13 @@ class CudaBackend:
     Args:
         device: ``cuda``, or ``cpu``.
         limits: of the engine.
+        capture: records steps as graphs; by default that of a GPU, and none on the CPU.
     """
 
-    def __init__(self, device: str, limits: Limits) -> None:
+    def __init__(self, device: str, limits: Limits, capture: Capture | None = None) -> None:
         self._device = _CPU if device == "cpu" else _found(torch.device(device))
+        is_cuda = self._device.torch.type == "cuda"
+        self._capture = capture or (CapturingOnGpu(self._device.torch) if is_cuda else None)
         self._limits = limits
         self._model: CudaModel | None = None  # the last one prepared
 
@@ -48,7 +52,7 @@ class CudaBackend:
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> CudaModel:
         """Packs the weights, and allocates what steps work in."""
-        self._model = CudaModel(architecture, weights, self._device, self._limits, LARGEST)
+        self._model = CudaModel(architecture, weights, self._device, self._limits, LARGEST, self._capture)
         return self._model
 
     def new_cache(

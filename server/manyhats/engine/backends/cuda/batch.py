@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, arrays_of
 from manyhats.engine.backends.cuda.attention import WorkOnDevice
 from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
-from manyhats.engine.backends.cuda.upload import Uploads
-from manyhats.engine.backends.plan import AdapterRows, StepPlan, int32
+from manyhats.engine.backends.cuda.graphs import Shape
+from manyhats.engine.backends.cuda.upload import Uploads, Views
+from manyhats.engine.backends.plan import NO_ADAPTER_ROWS, AdapterRows, StepPlan, int32
 from manyhats.engine.backends.wants import Array
 from manyhats.engine.model.architecture import Architecture, Attention
 
@@ -90,42 +92,98 @@ def sees(attention: Attention) -> Sees:
     return attention.window, attention.sees_all
 
 
-def batch_of(
-    plan: StepPlan, architecture: Architecture, lanes: Lanes, slots: CudaAdapterSlots, uploads: Uploads
-) -> Batch:
-    """Sends a plan to the device."""
-    kinds = {sees(block.attention): block.attention for block in architecture.blocks}
-    head_rows, own = slots.by_vocabulary(AdapterRows.of(plan.row_slots[plan.logit_rows]))
-    groups = {"adapters": AdapterRows.of(plan.row_slots), "head": head_rows}
-    groups |= {f"own{index}": _renumbered(each) for index, (each, _) in enumerate(own)}
-    arrays = _of_plan(plan)
-    for kind, attention in kinds.items():
-        arrays |= _named(
-            f"work{kind}", _work(work_of(plan, attention, lanes.tiling, lanes.num, lanes.max_slots))
+@dataclass(frozen=True, slots=True, eq=False)
+class SentPlan:
+    """A plan whose copy to the device is launched.
+
+    Attributes:
+        num_rows: what there is room for.
+        there: its arrays.
+        records: of the adapters.
+        acting: what each group of rows with adapters does.
+        own: rows and sizes of vocabularies of tasks.
+        kinds: of the attention.
+    """
+
+    num_rows: int
+    there: Views
+    records: Tensor
+    acting: Mapping[str, Acting]
+    own: Sequence[tuple[AdapterRows, int]]
+    kinds: Sequence[Sees]
+
+    def batch(self) -> Batch:
+        """As the kernels take it."""
+        there = self.there
+        adapters = {
+            name: StepAdapters.placed(there.under(name), self.records, acting)
+            for name, acting in self.acting.items()
+        }
+        return Batch(
+            num_rows=self.num_rows,
+            **{name: there[name] for name in _PLAIN},
+            work={kind: WorkOnDevice(**there.under(f"work{kind}")) for kind in self.kinds},
+            adapters=adapters["adapters"],
+            head_adapters=adapters["head"],
+            own=[
+                OwnVocabulary(
+                    each.rows.astype(np.int64), there[f"index{index}"], size, adapters[f"own{index}"]
+                )
+                for index, (each, size) in enumerate(self.own)
+            ],
+            entering=_values(there, "entering"),
+            normed=_values(there, "normed"),
         )
-    starts = plan.query_start if architecture.attention.sees_all else None
-    for name, rows in groups.items():
-        arrays |= _named(name, arrays_of(rows, starts if name == "adapters" else None))
-    for index, (each, _) in enumerate(own):
-        arrays[f"index{index}"] = each.rows
-    there = uploads.send(arrays)
-    adapters = {
-        name: StepAdapters.placed(_under(there, name), slots.records, slots.acting(rows))
-        for name, rows in groups.items()
-    }
-    return Batch(
-        num_rows=plan.num_rows,
-        **{name: there[name] for name in _PLAIN},
-        work={kind: WorkOnDevice(**_under(there, f"work{kind}")) for kind in kinds},
-        adapters=adapters["adapters"],
-        head_adapters=adapters["head"],
-        own=[
-            OwnVocabulary(each.rows.astype(np.int64), there[f"index{index}"], size, adapters[f"own{index}"])
-            for index, (each, size) in enumerate(own)
-        ],
-        entering=_values(there, "entering"),
-        normed=_values(there, "normed"),
-    )
+
+
+class Plans:
+    """Sends the plans of one model's steps to the device.
+
+    Args:
+        architecture: the model's.
+        lanes: of the attention.
+    """
+
+    def __init__(self, architecture: Architecture, lanes: Lanes) -> None:
+        self._kinds = {sees(block.attention): block.attention for block in architecture.blocks}
+        self._lanes = lanes
+        self._sees_all = architecture.attention.sees_all
+
+    def send(self, plan: StepPlan, slots: CudaAdapterSlots, uploads: Uploads) -> SentPlan:
+        """A step as it is."""
+        head_rows, own = slots.by_vocabulary(AdapterRows.of(plan.row_slots[plan.logit_rows]))
+        groups = {"adapters": AdapterRows.of(plan.row_slots), "head": head_rows}
+        groups |= {f"own{index}": _renumbered(each) for index, (each, _) in enumerate(own)}
+        arrays = self._arrays(plan, groups, self._lanes.max_slots)
+        for index, (each, _) in enumerate(own):
+            arrays[f"index{index}"] = each.rows
+        acting = {name: slots.acting(rows) for name, rows in groups.items()}
+        there = uploads.send(arrays)
+        return SentPlan(plan.num_rows, there, slots.records, acting, own, tuple(self._kinds))
+
+    def send_padded(
+        self, plan: StepPlan, slots: CudaAdapterSlots, uploads: Uploads, shape: Shape, spare_cell: int
+    ) -> SentPlan:
+        """A step in the room of a shape; the rows that only fill it up write to the spare cell."""
+        groups = {"adapters": AdapterRows.of(plan.row_slots), "head": NO_ADAPTER_ROWS}
+        arrays = self._arrays(plan, groups, min(shape.max_slots, self._lanes.max_slots))
+        padding = np.full(shape.rows - plan.num_rows, spare_cell, np.int64)
+        arrays["cells"] = np.concatenate((plan.cells, padding))
+        room = shape.room(slots.num_slots)
+        by_name = {name: room[last] for name in arrays if (last := name.rsplit(".", 1)[-1]) in room}
+        there = uploads.send(arrays, by_name)
+        acting = {"adapters": shape.acting, "head": Acting()}
+        return SentPlan(shape.rows, there, slots.records, acting, (), tuple(self._kinds))
+
+    def _arrays(self, plan: StepPlan, groups: Mapping[str, AdapterRows], max_slots: int) -> dict[str, Array]:
+        arrays, lanes = _of_plan(plan), self._lanes
+        for kind, attention in self._kinds.items():
+            work = work_of(plan, attention, lanes.tiling, lanes.num, max_slots)
+            arrays |= _named(f"work{kind}", _work(work))
+        starts = plan.query_start if self._sees_all else None
+        for name, rows in groups.items():
+            arrays |= _named(name, arrays_of(rows, starts if name == "adapters" else None))
+        return arrays
 
 
 _PLAIN = (
@@ -159,7 +217,7 @@ def _of_plan(plan: StepPlan) -> dict[str, Array]:
     return arrays
 
 
-def _values(there: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
+def _values(there: Views, name: str) -> tuple[Tensor, Tensor] | None:
     return (there[f"{name}.rows"], there[f"{name}.values"]) if f"{name}.rows" in there else None
 
 
@@ -174,11 +232,6 @@ def _work(work: Work) -> dict[str, Array]:
 
 def _named(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {f"{name}.{each}": array for each, array in arrays.items()}
-
-
-def _under(there: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What ``_named`` has named."""
-    return {each.removeprefix(f"{name}."): there[each] for each in there if each.startswith(f"{name}.")}
 
 
 def _renumbered(rows: AdapterRows) -> AdapterRows:

@@ -37,6 +37,7 @@ class Buffers:
         left: [R, E], the same normed and projected.
         read: [R, E] bfloat16, what the output head reads.
         logits: [R, V].
+        chosen: [S] int32, the tokens of the last step's choices.
         parts: of the attention.
         linear: of linears.
         adapters: of adapters.
@@ -59,6 +60,7 @@ class Buffers:
     left: Tensor
     read: Tensor
     logits: Tensor
+    chosen: Tensor
     parts: Parts
     linear: LinearWorkspace
     adapters: Workspace
@@ -70,6 +72,7 @@ class Buffers:
         architecture: Architecture,
         linears: Iterable[CudaLinear],
         max_rows: int,
+        max_choices: int,
         max_slots: int,
         largest: LargestSizes,
         device: torch.device,
@@ -107,6 +110,7 @@ class Buffers:
             left=rows(left),
             read=rows(left, bf16),
             logits=rows(logits),
+            chosen=torch.zeros(max_choices, dtype=torch.int32, device=device),
             parts=Parts(
                 torch.empty(max_slots, attention.num_heads, attention.head_dim, device=device),
                 torch.empty(max_slots, attention.num_heads, 2, device=device),

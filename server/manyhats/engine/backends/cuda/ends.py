@@ -65,15 +65,21 @@ class Ends:
         if is_projected and embedding.norm is not None:
             self._project_embeddings(batch, x, stream)
 
+    def _token_ids(self, batch: Batch) -> Tensor:
+        """−1 − i is the token of choice i of the step before; 0 stands in where that has none."""
+        given, chosen = batch.token_ids, self._buffers.chosen
+        before = chosen.index_select(0, (-1 - given).clamp_(min=0)).clamp_(min=0)
+        return torch.where(given < 0, before, given)
+
     def _embed(self, batch: Batch, x: Tensor) -> None:
         """The tokens' vectors times their scale, and those that are given; tokens beyond the table are adapters'."""
         embedding, table = self._architecture.embedding, self._weights.embedding
-        rows = self._buffers.embedded[: batch.num_rows]
-        torch.index_select(table, 0, batch.token_ids.clamp(max=table.shape[0] - 1), out=rows)
+        rows, token_ids = self._buffers.embedded[: batch.num_rows], self._token_ids(batch)
+        torch.index_select(table, 0, token_ids.clamp(max=table.shape[0] - 1), out=rows)
         x.copy_(rows)
         if embedding.scale != 1.0:
             x.mul_(embedding.scale)
-        change_embeddings(batch.adapters, self._layout, batch.token_ids, x, embedding.scale)
+        change_embeddings(batch.adapters, self._layout, token_ids, x, embedding.scale)
         _put(x, batch.entering)
 
     def _project_embeddings(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:

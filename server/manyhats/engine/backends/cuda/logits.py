@@ -62,12 +62,16 @@ class Finisher:
 
 
 class DevicePending:
-    """``Pending`` of a step whose kernels and copies are launched."""
+    """``Pending`` of a step whose kernels and copies are launched.
+
+    Attributes:
+        found: where what was found lies in the finisher's memory, until the next step is finished.
+    """
 
     def __init__(self, finisher: Finisher, exchange: Exchange, found: Found, pairs: Pairs) -> None:
         self._finisher = finisher
         self._exchange = exchange
-        self._found = found
+        self.found = found
         self._pairs = pairs
         self._outcome: Outcome | None = None
 
@@ -75,7 +79,7 @@ class DevicePending:
         """Wait for the outcome; nothing else does."""
         if self._outcome is None:
             self._exchange.wait()
-            self._outcome = outcome_of(self._found, self._pairs, self._exchange.found.array)
+            self._outcome = outcome_of(self.found, self._pairs, self._exchange.found.array)
             self._finisher.take_back(self._exchange)
         return self._outcome
 

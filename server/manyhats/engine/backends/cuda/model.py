@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.attention_work import Tiling
-from manyhats.engine.backends.cuda.batch import Lanes, batch_of
+from manyhats.engine.backends.cuda.batch import Batch, Lanes, Plans
 from manyhats.engine.backends.cuda.buffers import Buffers
 from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.choosing import Choosing
 from manyhats.engine.backends.cuda.ends import Ends
+from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_plan, decode_rows
 from manyhats.engine.backends.cuda.layers import Layers
-from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher
+from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher, on_device
 from manyhats.engine.backends.cuda.self_test import check_linears
 from manyhats.engine.backends.cuda.upload import Uploads
 from manyhats.engine.backends.cuda.weights import CudaWeights
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.own_logits import OwnRows, PendingParts, Vocabularies
-from manyhats.engine.backends.plan import StepPlan
+from manyhats.engine.backends.plan import AdapterRows, StepPlan
 from manyhats.engine.backends.wants import Wants
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture
@@ -60,6 +62,7 @@ class CudaModel:
         device: where.
         limits: of steps.
         largest: of adapters.
+        capture: records graphs; None to launch each step.
 
     Raises:
         ModelError: there are no kernels for a block.
@@ -72,6 +75,7 @@ class CudaModel:
         device: Device,
         limits: Limits,
         largest: LargestSizes,
+        capture: Capture | None = None,
     ) -> None:
         self.architecture = architecture
         self._limits = limits
@@ -80,10 +84,20 @@ class CudaModel:
         self._lanes = Lanes(tiling, max(1, 2 * device.num_processors // tiling.head_tiles), _MAX_SLOTS)
         self._layout = RecordLayout(architecture)
         self._buffers = Buffers.of(
-            architecture, self.weights.linears(), limits.max_rows, _MAX_SLOTS, largest, device.torch
+            architecture,
+            self.weights.linears(),
+            limits.max_rows,
+            limits.max_sequences,
+            _MAX_SLOTS,
+            largest,
+            device.torch,
         )
         self._ends = Ends(architecture, self.weights, self._layout, self._buffers)
+        self._plans = Plans(architecture, self._lanes)
+        self._device = device.torch
         self._uploads = Uploads(device.torch)
+        self._graphs = None if capture is None else Graphs(capture)
+        self._of_shapes: dict[Shape, Uploads] = {}
         self._finishers = _Finishers(device.torch, limits)
 
     @property
@@ -92,25 +106,76 @@ class CudaModel:
         return {**self.weights.num_bytes, "workspace": self._buffers.num_bytes + self._finishers.num_bytes}
 
     def warm_up(self, cache: CudaKVCache, adapters: CudaAdapterSlots, slot: int, progress: Progress) -> None:
-        """Compiles kernels, and proves that linears are right and the model runs."""
+        """Compiles kernels, proves that linears are right and the model runs, and records the base's decode steps."""
         check_linears(self.weights.linears(), self._buffers.linear, self._limits.max_rows)
         run_one(self, cache, adapters, slot)
+        if self._graphs is not None and self.architecture.head is not None:
+            for rows in decode_rows(self._limits):
+                for _ in range(2):  # launched, then recorded
+                    self.forward(decode_plan(rows), cache, adapters)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, cache: CudaKVCache, adapters: CudaAdapterSlots) -> CudaLogits:
         """Launches a step, which writes its keys and values."""
-        batch = batch_of(plan, self.architecture, self._lanes, adapters, self._uploads)
-        if plan.block_copies:
-            cache.copy_blocks(batch.copies, batch.num_copies, min(_COPYING, len(plan.block_copies)))
-        self._ends.enter(batch)
-        stream = Layers(
-            self.architecture, self.weights, batch, self._lanes, cache, self._layout, self._buffers
-        ).run()
+        shape = self._shape_of(plan, adapters)
+        if shape is not None and self._graphs is not None:
+            return self._replayed(self._graphs, shape, plan, cache, adapters)
+        sent = self._plans.send(plan, adapters, self._uploads)
+        batch = sent.batch()
+        self._copy_blocks(plan, batch, cache)
+        stream = self._stream(batch, cache)
         hidden = self._ends.hidden(batch, stream)
         if self.architecture.head is None:
-            return CudaLogits(self._buffers.logits[:0], hidden, [], self._finishers)
+            return self._logits(self._buffers.logits[:0], hidden, [])
         found, own = self._ends.logits(batch, stream, self.architecture.head)
-        return CudaLogits(found, hidden, own, self._finishers)
+        return self._logits(found, hidden, own)
+
+    def _shape_of(self, plan: StepPlan, adapters: CudaAdapterSlots) -> Shape | None:
+        """Of the graph that a step may use."""
+        if self._graphs is None or self.architecture.head is None:
+            return None
+        shape = Shape.of(plan, adapters.acting(AdapterRows.of(plan.row_slots)))
+        if shape is None or shape.rows > self._limits.max_rows or not self._graphs.has_room_for(shape):
+            return None
+        return shape
+
+    def _replayed(
+        self,
+        graphs: Graphs,
+        shape: Shape,
+        plan: StepPlan,
+        cache: CudaKVCache,
+        adapters: CudaAdapterSlots,
+    ) -> CudaLogits:
+        graphs.use(cache, adapters)
+        uploads = self._of_shapes.setdefault(shape, Uploads(self._device))
+        spare_cell = cache.spare_block * cache.block_size
+        sent = self._plans.send_padded(plan, adapters, uploads, shape, spare_cell)
+        if plan.block_copies:
+            self._copy_blocks(plan, sent.batch(), cache)
+
+        def launch() -> None:
+            batch = sent.batch()
+            assert self.architecture.head is not None
+            self._ends.logits(batch, self._stream(batch, cache), self.architecture.head)
+
+        graphs.run(shape, launch)
+        found = self._buffers.logits[: plan.logit_rows.size]
+        return self._logits(found, self._buffers.left[:0], [])
+
+    def _stream(self, batch: Batch, cache: CudaKVCache) -> Tensor:
+        """Of all rows, behind the last layer."""
+        self._ends.enter(batch)
+        return Layers(
+            self.architecture, self.weights, batch, self._lanes, cache, self._layout, self._buffers
+        ).run()
+
+    def _copy_blocks(self, plan: StepPlan, batch: Batch, cache: CudaKVCache) -> None:
+        if plan.block_copies:
+            cache.copy_blocks(batch.copies, batch.num_copies, min(_COPYING, len(plan.block_copies)))
+
+    def _logits(self, found: Tensor, hidden: Tensor, own: list[OwnRows]) -> CudaLogits:
+        return CudaLogits(found, hidden, own, self._finishers, self._buffers.chosen)
 
 
 class _Finishers:
@@ -120,6 +185,7 @@ class _Finishers:
         self._device = device
         self._limits = limits
         self._by_size: dict[int, Finisher] = {}
+        self.uploads = Uploads(device)
 
     def of(self, vocab_size: int) -> Finisher:
         """Made when it is first asked for."""
@@ -143,26 +209,43 @@ class CudaLogits:
         hidden: hidden values to return, [H, E] float32.
         own: rows of tasks with a vocabulary of their own.
         finishers: of the model.
+        chosen: where the tokens of choices are left for the next step, [≥ S] int32.
     """
 
-    def __init__(self, values: Tensor, hidden: Tensor, own: list[OwnRows], finishers: _Finishers) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        hidden: Tensor,
+        own: list[OwnRows],
+        finishers: _Finishers,
+        chosen: Tensor,
+    ) -> None:
         self.values = values
         self._hidden = hidden
         self._own = own
         self._finishers = finishers
+        self._chosen = chosen
 
+    @torch.inference_mode()
     def finish(self, wants: Wants) -> DevicePending | PendingParts:
         """Launch what is wanted."""
         if not self._own:
-            return self._launched(self.values, wants)
+            pending, tokens = self._launched(self.values, wants)
+            self._chosen[: tokens.numel()].copy_(tokens)
+            return pending
         vocabularies = Vocabularies.of(self._own, self.values.shape[1], wants)
-        return PendingParts(
-            vocabularies,
-            [
-                self._launched(self.values if group is None else group.values, part)
-                for group, part in vocabularies.wants
-            ],
+        places = self._finishers.uploads.send(
+            {str(index): each.astype(np.int64) for index, each in enumerate(vocabularies.places)}
         )
+        parts = []
+        for index, (group, part) in enumerate(vocabularies.wants):
+            pending, tokens = self._launched(self.values if group is None else group.values, part)
+            self._chosen.index_copy_(0, places[str(index)], tokens)
+            parts.append(pending)
+        return PendingParts(vocabularies, parts)
 
-    def _launched(self, values: Tensor, wants: Wants) -> DevicePending:
-        return DeviceLogits(values, self._finishers.of(values.shape[1]), self._hidden).finish(wants)
+    def _launched(self, values: Tensor, wants: Wants) -> tuple[DevicePending, Tensor]:
+        """What is pending, and the tokens of the choices, on the device."""
+        finisher = self._finishers.of(values.shape[1])
+        pending = DeviceLogits(values, finisher, self._hidden).finish(wants)
+        return pending, on_device(pending.found.tokens, finisher.found, torch.int32)

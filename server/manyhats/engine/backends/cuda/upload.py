@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,23 +36,15 @@ class Uploads:
         self._there = torch.empty(room, dtype=torch.uint8, device=device)
         self._sent: list[_Sent] = []
 
-    def send(
-        self, arrays: Mapping[str, Array], room: Mapping[str, tuple[int, ...]] | None = None
-    ) -> dict[str, Tensor]:
-        """Launch the copy of some arrays; what they are on the device.
+    def send(self, arrays: Mapping[str, Array], room: Mapping[str, tuple[int, ...]] | None = None) -> Views:
+        """Launch the copy of some arrays.
 
         Args:
             arrays: int32, int64 or float32.
             room: larger shapes that some take there; what they do not fill is 0.
         """
-        shapes = {name: (room or {}).get(name, array.shape) for name, array in arrays.items()}
-        fields = dict(
-            zip(
-                arrays,
-                fields_of([(shapes[name], array.dtype) for name, array in arrays.items()]),
-                strict=True,
-            )
-        )
+        shapes = [((room or {}).get(name, array.shape), array.dtype) for name, array in arrays.items()]
+        fields = dict(zip(arrays, fields_of(shapes), strict=True))
         num_bytes = max((field.end for field in fields.values()), default=0)
         sent = self._free()
         sent.host.make_room(num_bytes)
@@ -61,10 +54,7 @@ class Uploads:
             self._there = self._there.new_empty(grown(num_bytes))
         self._there[:num_bytes].copy_(sent.host.tensor[:num_bytes], non_blocking=True)
         sent.record()
-        return {name: self._view(field) for name, field in fields.items()}
-
-    def _view(self, field: Field) -> Tensor:
-        return self._there[field.place : field.end].view(_DTYPES[field.dtype]).view(field.shape)
+        return Views(self._there, fields)
 
     def _free(self) -> _Sent:
         """Pinned memory that no copy still reads."""
@@ -73,6 +63,26 @@ class Uploads:
             found = _Sent(self._device, self._room)
             self._sent.append(found)
         return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Views:
+    """Arrays on the device, by name."""
+
+    buffer: Tensor
+    fields: Mapping[str, Field]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def __getitem__(self, name: str) -> Tensor:
+        field = self.fields[name]
+        return self.buffer[field.place : field.end].view(_DTYPES[field.dtype]).view(field.shape)
+
+    def under(self, name: str) -> dict[str, Tensor]:
+        """Those whose names begin with this one and a dot, by what follows."""
+        first = f"{name}."
+        return {each.removeprefix(first): self[each] for each in self.fields if each.startswith(first)}
 
 
 class _Sent:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -48,6 +48,12 @@ class Acting:
         """The most of each: nothing that one of them does is missing."""
         all_of_them = (cls(), *each)
         return cls(*(_most([getattr(one, field.name) for one in all_of_them]) for field in fields(cls)))
+
+    def rounded(self, up: Callable[[int], int]) -> Acting:
+        """The same with the sizes at layers rounded up."""
+        return replace(
+            self, rank=up(self.rank), bottleneck=up(self.bottleneck), expert_rank=up(self.expert_rank)
+        )
 
     @property
     def changes_head(self) -> bool:

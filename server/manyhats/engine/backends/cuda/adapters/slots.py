@@ -97,6 +97,11 @@ class CudaAdapterSlots:
                 self._arena.free(region)
 
     @property
+    def num_slots(self) -> int:
+        """Slot 0 included."""
+        return self.records.shape[0]
+
+    @property
     def num_free_bytes(self) -> int:
         """Of the device's buffer."""
         return self._arena.num_free_bytes
