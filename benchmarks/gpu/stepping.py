@@ -1,0 +1,269 @@
+"""Steps of the engine through its seam to a backend: plans of decodes and prompts, and how long they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.model import RandomModel, adapter_bytes, random_lora
+from benchmarks.gpu.scale import Scale
+from benchmarks.gpu.timing import event
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.limits import Limits
+from manyhats.engine.backends.plan import Ints, StepPlan, int32
+from manyhats.engine.backends.wants import NO_TARGETS, Wants
+from manyhats.engine.request import SamplingParams
+from manyhats.engine.sampling.sampler import SamplingRow, choices_of
+
+BLOCK = 16
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a step: the rows of one sequence from ``start`` to before ``end``, on the adapter of a slot."""
+
+    sequence: int
+    start: int
+    end: int
+    slot: int = 0
+
+
+def plan_of(parts: Sequence[Part], blocks_each: int, vocab_size: int) -> StepPlan:
+    """A step of these; each chooses a token after its last row. Sequence s has blocks from ``s · blocks_each``."""
+    rows = [np.arange(part.start, part.end, dtype=np.int32) for part in parts]
+    counts = [len(each) for each in rows]
+    first_cell = np.repeat([part.sequence * blocks_each * BLOCK for part in parts], counts)
+    positions: Ints = np.concatenate(rows)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    tables = np.arange(blocks_each, dtype=np.int32) + blocks_each * int32([[part.sequence] for part in parts])
+    return StepPlan(
+        token_ids=(positions * 7919 + 13) % vocab_size,
+        positions=positions,
+        cells=(first_cell + positions).astype(np.int64),
+        query_start=int32(starts),
+        context_len=int32([part.end for part in parts]),
+        block_tables=tables,
+        row_slots=int32(np.repeat([part.slot for part in parts], counts)),
+        logit_rows=int32(starts[1:] - 1),
+    )
+
+
+def greedy(count: int, vocab_size: int) -> Wants:
+    """The most likely token of so many rows."""
+    rows = [SamplingRow(params=_GREEDY) for _ in range(count)]
+    return Wants(choices_of(rows, range(count), vocab_size), NO_TARGETS, np.empty(0, np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Of steps one after another.
+
+    Attributes:
+        step_s: from the end of one step to the end of the next, by the host's clock, in their order.
+        device_s: from a step's first launch to its last kernel's end, by events; empty on the CPU.
+        gap_s: from the end of a step's last kernel to the next step's first launch; likewise.
+    """
+
+    step_s: list[float]
+    device_s: list[float]
+    gap_s: list[float]
+
+    @property
+    def median_s(self) -> float:
+        """Of the steps."""
+        return median(self.step_s)
+
+    @property
+    def host_share(self) -> float | None:
+        """Of a step, how much the device waits for the host between two of them; None on the CPU."""
+        return median(self.gap_s) / self.median_s if self.gap_s else None
+
+
+class Engine:
+    """A model on a backend, with a cache and slots.
+
+    Args:
+        backend: whichever.
+        model: laid out on it.
+        scale: how many sequences there may be, how long, and their adapters.
+        num_slots: for adapters, besides the base.
+    """
+
+    def __init__(self, backend: Backend, model: RandomModel, scale: Scale, num_slots: int) -> None:
+        architecture = model.architecture
+        self._vocab_size = architecture.vocab_size
+        self._is_cuda = scale.is_gpu
+        self._num_warm = scale.num_warm
+        self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
+        self.model = backend.prepare(architecture, model.weights)
+        self.adapters = backend.new_adapters(architecture, num_slots + 1, "bfloat16")
+        num_blocks = max(
+            (max(scale.decode_rows) + 1) * self._decode_blocks, -(-max(scale.step_prompts) // BLOCK)
+        )
+        wanted = num_blocks * BLOCK * architecture.kv_bytes_per_token("bfloat16")
+        num_bytes = min(wanted, _left(scale, num_slots * adapter_bytes(architecture, scale.rank)))
+        self.cache = backend.new_cache(architecture, BLOCK, "bfloat16", num_bytes)
+        # One adapter in many slots: each has its own memory, and what is in it changes no time.
+        self.packed = self.adapters.pack(random_lora(architecture, scale.rank, "random"))
+        self.placed: set[int] = set()
+
+    def place(self, count: int) -> None:
+        """Have adapters in slots 1 … count, and in no other."""
+        for slot in sorted(self.placed - set(range(1, count + 1))):
+            self.adapters.clear(slot)
+        for slot in sorted(set(range(1, count + 1)) - self.placed):
+            self.adapters.place(slot, self.packed)
+        self.placed = set(range(1, count + 1))
+
+    def can_hold(self, rows: int) -> bool:
+        """Whether so many sequences fit into the cache."""
+        return rows * self._decode_blocks <= self.cache.num_blocks
+
+    def decode(
+        self,
+        rows: int,
+        context: int,
+        num_steps: int,
+        num_adapters: int = 0,
+        while_steps: Callable[[int], object] = lambda step: None,
+    ) -> StepTimes:
+        """Steps of one token of each sequence, their rows on adapters 1, 2, … in turn; the first ones warm up."""
+
+        def slot(row: int) -> int:
+            return 1 + row % num_adapters if num_adapters else 0
+
+        plans = [
+            plan_of(
+                [Part(row, context + step, context + step + 1, slot(row)) for row in range(rows)],
+                self._decode_blocks,
+                self._vocab_size,
+            )
+            for step in range(self._num_warm + num_steps)
+        ]
+        return self.run(plans, num_warm=self._num_warm, while_steps=while_steps)
+
+    def prefill(self, length: int, max_rows: int) -> StepTimes:
+        """One prompt, in steps of at most so many rows."""
+        plans = [
+            plan_of(
+                [Part(0, start, min(length, start + max_rows))],
+                -(-length // BLOCK),
+                self._vocab_size,
+            )
+            for start in range(0, length, max_rows)
+        ]
+        return self.run(plans, num_warm=0)
+
+    def mixed(self, rows: int, context: int, prompt: int, num_steps: int) -> StepTimes:
+        """Decodes beside the beginning of a prompt."""
+        plans = [
+            plan_of(
+                [
+                    *(Part(row, context + step, context + step + 1) for row in range(rows)),
+                    Part(rows, 0, min(prompt, self._decode_blocks * BLOCK)),
+                ],
+                self._decode_blocks,
+                self._vocab_size,
+            )
+            for step in range(self._num_warm + num_steps)
+        ]
+        return self.run(plans, num_warm=self._num_warm)
+
+    def run(
+        self,
+        plans: Sequence[StepPlan],
+        num_warm: int,
+        while_steps: Callable[[int], object] = lambda step: None,
+    ) -> StepTimes:
+        """Launch each when the one before it is collected.
+
+        Raises:
+            RuntimeError: logits are not finite.
+        """
+        wants = [greedy(plan.logit_rows.size, self._vocab_size) for plan in plans]
+        marks: list[tuple[Any, Any]] = []
+        ends_s = [time.perf_counter()]
+        for index, (plan, wanted) in enumerate(zip(plans, wants, strict=True)):
+            if index == num_warm:
+                marks, ends_s = [], [time.perf_counter()]
+            while_steps(index - num_warm)
+            begin = self._mark()
+            pending = self.model.forward(plan, self.cache, self.adapters).finish(wanted)
+            marks.append((begin, self._mark()))
+            outcome = pending.result()
+            ends_s.append(time.perf_counter())
+            if outcome.bad_rows:
+                raise RuntimeError(f"step {index}: logits of rows {sorted(outcome.bad_rows)} are not finite")
+        return _times(ends_s, marks if self._is_cuda else [])
+
+    def _mark(self) -> Any:
+        if not self._is_cuda:
+            return None
+        mark = event()
+        mark.record()
+        return mark
+
+
+def _times(ends_s: Sequence[float], marks: Sequence[tuple[Any, Any]]) -> StepTimes:
+    if marks:
+        torch.cuda.synchronize()
+    return StepTimes(
+        [after - before for before, after in pairwise(ends_s)],
+        [begin.elapsed_time(end) / 1000 for begin, end in marks],
+        [end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in pairwise(marks)],
+    )
+
+
+def most_adapters(scale: Scale, model: RandomModel) -> int:
+    """How many may be in memory: as many as steps have, in a quarter of the card."""
+    most = max(*scale.step_adapters, scale.num_streams + 1)
+    if not scale.is_gpu:
+        return most
+    _, total = torch.cuda.mem_get_info()
+    return min(most, total // 4 // adapter_bytes(model.architecture, scale.rank))
+
+
+def _left(scale: Scale, for_adapters: int) -> int:
+    """Bytes for the cache; some are left to steps, and to adapters, which may not have theirs yet."""
+    if not scale.is_gpu:
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info()
+    return max(0, int(0.9 * free) - for_adapters - (2 << 30))
+
+
+def limits_of(scale: Scale, model: RandomModel) -> Limits:
+    """Room for the steps of the benchmark, and for their adapters."""
+    most = most_adapters(scale, model) + 1
+    size = adapter_bytes(model.architecture, scale.rank)
+    return Limits(
+        max_rows=max(scale.max_rows, *scale.decode_rows),
+        max_sequences=max(*scale.decode_rows, scale.num_streams) + 1,
+        adapter_bytes=int(most * (size * 1.05 + 65536)),
+        memory_fraction=0.9,
+    )
+
+
+def open_strict(scale: Scale, model: RandomModel) -> Backend:
+    """The engine's own kernels: a row's bits depend on that row alone."""
+    from manyhats.engine.backends.cuda.backend import CudaBackend
+
+    return CudaBackend(scale.device, limits_of(scale, model))
+
+
+def open_fast(scale: Scale, model: RandomModel) -> Backend:
+    """Plain torch with bitsandbytes' products."""
+    from manyhats.engine.backends.torch.backend import TorchBackend
+
+    return TorchBackend(scale.device, "bfloat16", by_row=False, limits=limits_of(scale, model))
+
+
+BACKENDS: dict[str, Callable[[Scale, RandomModel], Backend]] = {"strict": open_strict, "fast": open_fast}
+"""By what is promised."""
