@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.engine.errors import AdapterCapacityError
-from manyhats.engine.threads.background import background_threads
 
 if TYPE_CHECKING:
     from manyhats.engine.backends.backend import AdapterSlots, Packed
@@ -55,7 +54,7 @@ class DeviceTier:
         self._slots = slots
         self._memory = slots.memory
         self._on_change = on_change
-        self._copier = copier or background_threads(1, "adapter-copier")
+        self._copier = copier or _new_copier()
         self._free = list(range(num_slots, 0, -1))
         self._idle: dict[PlacedAdapter, None] = {}  # they have slots; longest idle first
         self._lock = threading.Lock()
@@ -300,3 +299,10 @@ class PlacedAdapter:
     def leave(self) -> None:
         """See ``DeviceTier``."""
         self.tier.leave(self)
+
+
+def _new_copier() -> Executor:
+    # Imported here: it loads torch, and the server's ports know a tier's name without.
+    from manyhats.engine.threads.background import background_threads
+
+    return background_threads(1, "adapter-copier")

@@ -9,6 +9,7 @@ from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.cache import CudaKVCache
 from manyhats.engine.backends.cuda.graphs import Capture, CapturingOnGpu
 from manyhats.engine.backends.cuda.model import CudaModel, Device
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.dtypes import block_bytes
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.memory import cache_bytes_left
@@ -19,7 +20,7 @@ from manyhats.engine.progress import Progress, no_progress
 
 LARGEST = LargestSizes(rank=1024, bottleneck=2048)
 """What adapters may have at most; four of the largest rank that a server takes by default, stacked."""
-_CPU = Device(torch.device("cpu"), sm=90, num_processors=1)
+_CPU = Device(runtime_on(torch.device("cpu")), sm=90, num_processors=1)
 
 
 class CudaBackend:
@@ -46,6 +47,11 @@ class CudaBackend:
     @property
     def has_own_memory(self) -> bool:
         """A GPU has."""
+        return True
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Yes: a plan's tokens are read on the device."""
         return True
 
     def prepare(
@@ -76,7 +82,7 @@ class CudaBackend:
         return cache_bytes_left(self, self._model, slots, block_size, dtype, self._limits, self._device.torch)
 
     def _slots(self, architecture: Architecture, num_slots: int, num_bytes: int) -> CudaAdapterSlots:
-        return CudaAdapterSlots(architecture, num_slots, num_bytes, LARGEST, self._device.torch)
+        return CudaAdapterSlots(architecture, num_slots, num_bytes, LARGEST, self._device.runtime)
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> CudaAdapterSlots:
         """Empty slots, of adapters in bfloat16, and the device's memory for these."""
@@ -91,4 +97,5 @@ class CudaBackend:
 
 def _found(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(device, 10 * properties.major + properties.minor, properties.multi_processor_count)
+    sm = 10 * properties.major + properties.minor
+    return Device(runtime_on(device), sm, properties.multi_processor_count)

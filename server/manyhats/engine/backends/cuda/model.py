@@ -20,6 +20,7 @@ from manyhats.engine.backends.cuda.ends import Ends
 from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_plan, decode_rows
 from manyhats.engine.backends.cuda.layers import Layers
 from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher, on_device
+from manyhats.engine.backends.cuda.runtime import Runtime
 from manyhats.engine.backends.cuda.self_test import check_linears
 from manyhats.engine.backends.cuda.upload import Uploads
 from manyhats.engine.backends.cuda.weights import CudaWeights
@@ -43,14 +44,19 @@ class Device:
     """What is run on.
 
     Attributes:
-        torch: its name.
+        runtime: its streams, events and copies.
         sm: compute capability, such as 90.
         num_processors: that run programs side by side.
     """
 
-    torch: torch.device
+    runtime: Runtime
     sm: int
     num_processors: int
+
+    @property
+    def torch(self) -> torch.device:
+        """Its name."""
+        return self.runtime.device
 
 
 class CudaModel:
@@ -94,11 +100,11 @@ class CudaModel:
         )
         self._ends = Ends(architecture, self.weights, self._layout, self._buffers)
         self._plans = Plans(architecture, self._lanes)
-        self._device = device.torch
-        self._uploads = Uploads(device.torch)
+        self._runtime = device.runtime
+        self._uploads = Uploads(device.runtime)
         self._graphs = None if capture is None else Graphs(capture)
         self._of_shapes: dict[Shape, Uploads] = {}
-        self._finishers = _Finishers(device.torch, limits)
+        self._finishers = _Finishers(device.runtime, limits)
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
@@ -148,7 +154,7 @@ class CudaModel:
         adapters: CudaAdapterSlots,
     ) -> CudaLogits:
         graphs.use(cache, adapters)
-        uploads = self._of_shapes.setdefault(shape, Uploads(self._device))
+        uploads = self._of_shapes.setdefault(shape, Uploads(self._runtime))
         spare_cell = cache.spare_block * cache.block_size
         sent = self._plans.send_padded(plan, adapters, uploads, shape, spare_cell)
         if plan.block_copies:
@@ -181,18 +187,20 @@ class CudaModel:
 class _Finishers:
     """One for each size of vocabulary, since its scratch memory is made for that."""
 
-    def __init__(self, device: torch.device, limits: Limits) -> None:
-        self._device = device
+    def __init__(self, runtime: Runtime, limits: Limits) -> None:
+        self._runtime = runtime
         self._limits = limits
         self._by_size: dict[int, Finisher] = {}
-        self.uploads = Uploads(device)
+        self.uploads = Uploads(runtime)
 
     def of(self, vocab_size: int) -> Finisher:
         """Made when it is first asked for."""
         if vocab_size not in self._by_size:
             limits = self._limits
-            choosing = Choosing(self._device, limits.max_rows, limits.max_sequences, max(1, vocab_size))
-            self._by_size[vocab_size] = Finisher(choosing, self._device)
+            choosing = Choosing(
+                self._runtime.device, limits.max_rows, limits.max_sequences, max(1, vocab_size)
+            )
+            self._by_size[vocab_size] = Finisher(choosing, self._runtime)
         return self._by_size[vocab_size]
 
     @property

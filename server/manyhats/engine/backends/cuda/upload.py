@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.exchange import HostBytes, grown
+from manyhats.engine.backends.cuda.runtime import Event, Runtime
 from manyhats.engine.backends.cuda.wanted import Field, fields_of
 from manyhats.engine.backends.wants import Array
 
@@ -26,14 +27,14 @@ class Uploads:
     A step's numbers are valid until the next one's are sent, which the device does after everything launched before.
 
     Args:
-        device: where they go.
+        runtime: of the device.
         room: bytes to begin with.
     """
 
-    def __init__(self, device: torch.device, room: int = 1 << 16) -> None:
-        self._device = device
+    def __init__(self, runtime: Runtime, room: int = 1 << 16) -> None:
+        self._runtime = runtime
         self._room = room
-        self._there = torch.empty(room, dtype=torch.uint8, device=device)
+        self._there = torch.empty(room, dtype=torch.uint8, device=runtime.device)
         self._sent: list[_Sent] = []
 
     def send(self, arrays: Mapping[str, Array], room: Mapping[str, tuple[int, ...]] | None = None) -> Views:
@@ -52,15 +53,15 @@ class Uploads:
             _write(fields[name].of(sent.host.array), array)
         if len(self._there) < num_bytes:
             self._there = self._there.new_empty(grown(num_bytes))
-        self._there[:num_bytes].copy_(sent.host.tensor[:num_bytes], non_blocking=True)
-        sent.record()
+        self._runtime.copy(self._there[:num_bytes], sent.host.tensor[:num_bytes])
+        sent.copied.record()
         return Views(self._there, fields)
 
     def _free(self) -> _Sent:
         """Pinned memory that no copy still reads."""
-        found = next((sent for sent in self._sent if sent.is_free), None)
+        found = next((sent for sent in self._sent if sent.copied.query()), None)
         if found is None:
-            found = _Sent(self._device, self._room)
+            found = _Sent(HostBytes(self._runtime, self._room), self._runtime.new_event())
             self._sent.append(found)
         return found
 
@@ -85,23 +86,12 @@ class Views:
         return {each.removeprefix(first): self[each] for each in self.fields if each.startswith(first)}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Sent:
     """Pinned memory, and the event behind the last copy from it."""
 
-    def __init__(self, device: torch.device, room: int) -> None:
-        is_cuda = device.type == "cuda"
-        self.host = HostBytes(is_cuda, room)
-        self._event = torch.cuda.Event() if is_cuda else None
-
-    @property
-    def is_free(self) -> bool:
-        """Asked without waiting."""
-        return self._event is None or self._event.query()
-
-    def record(self) -> None:
-        """Note that a copy is launched."""
-        if self._event is not None:
-            self._event.record()
+    host: HostBytes
+    copied: Event
 
 
 def _write(to: Array, array: Array) -> None:
