@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts docs
 
-.PHONY: help setup run run-encoder test test-slow test-deploy test-floors test-torch test-batched test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi docs clean
+.PHONY: help setup run run-encoder test test-slow test-deploy test-floors test-torch test-batched test-ahead test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi docs clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-floors  run most tests at the lowest versions that pyproject.toml allows"
 	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-batched  the same with all rows at once; MANYHATS_DEVICE=cuda for a GPU"
+	@echo "make test-ahead  the same row by row, each step launched before the one before it is collected"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-adapterhub  compare adapters on encoders with AdapterHub's library, which it installs apart"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
@@ -107,6 +108,10 @@ test-torch: setup
 # All rows at once in plain torch; with MANYHATS_DEVICE=cuda on a GPU.
 test-batched: setup
 	$(BIN)/python -m pytest --backend torch-batched --numprocesses auto --maxprocesses 4 --dist loadfile --timeout 900 tests/engine
+
+# Row by row and one step ahead: a step's results come when they are asked for.
+test-ahead: setup
+	$(BIN)/python -m pytest --backend torch-ahead --numprocesses auto --maxprocesses 4 --dist loadfile --timeout 900 tests/engine
 
 test-store-faults: $(STAMP)
 	cd tests && ../$(BIN)/python -m store_faults

@@ -163,7 +163,7 @@ class EncodeOutput:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step of the engine, for metrics.
+    """One step of the engine, for metrics; rows count even if they turn out to be needless, as some do one step ahead.
 
     Attributes:
         duration_s: schedule to commit; where steps overlap, not before the commit of the one before it.

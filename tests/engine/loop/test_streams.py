@@ -9,7 +9,7 @@ import pytest
 
 from manyhats.engine.errors import EngineError, RequestCancelledError
 from manyhats.engine.loop.job import Event
-from manyhats.engine.loop.streams import Stream
+from manyhats.engine.loop.streams import Stream, Streams
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage, joined
 
 
@@ -74,3 +74,31 @@ def test_joined_outputs_say_together_what_each_said() -> None:
     assert whole.prompt_tokens == parts[0].prompt_tokens
     assert (whole.finish_reason, whole.usage, whole.time_s) == (FinishReason.LENGTH, parts[2].usage, 2.0)
     assert joined(parts[:1]) is parts[0]
+
+
+async def test_what_an_ended_job_holds_is_released_once_no_step_can_use_it() -> None:
+    streams, released = Streams(), []
+    streams.attach(asyncio.get_running_loop())
+    stream = streams.open("1", lambda: released.append("1"))
+    answer = streams.expect("2")
+    streams.publish([Event("1", "last", True), Event("2", "logits", True)], is_in_flight=True)
+    assert await stream.take() == ["last"]
+    assert not released
+    assert not answer.done()
+    streams.publish([], is_in_flight=True)  # a later step, which cannot name them
+    assert released == ["1"]
+    assert answer.result(0) == "logits"
+
+
+@pytest.mark.parametrize("is_in_flight", [False, True])
+async def test_nothing_is_held_beyond_the_engine_s_end(is_in_flight: bool) -> None:
+    streams, released = Streams(), []
+    streams.attach(asyncio.get_running_loop())
+    for name in ("1", "2"):
+        streams.open(name, lambda name=name: released.append(name))  # type: ignore[misc]
+    answer = streams.expect("3")
+    streams.publish([Event("1", "last", True), Event("3", "logits", True)], is_in_flight=is_in_flight)
+    streams.end("gone")
+    await asyncio.sleep(0)
+    assert sorted(released) == ["1", "2"]
+    assert answer.result(0) == "logits"

@@ -192,7 +192,7 @@ async def test_a_deadline_ends_the_wait_of_generations_and_scorings(
         for call in (collect(engine, ask("a", deadline_s=soon)), engine.score(score)):
             with pytest.raises(DeadlineExceededError):
                 await asyncio.wait_for(call, 20)
-        assert (engine.stats.num_waiting, engine.stats.waiting_adapters) == (0, ())
+        await until(lambda: (engine.stats.num_waiting, engine.stats.waiting_adapters) == (0, ()))
         assert not engine.in_use(make_record("a"))
         await stream.aclose()
         await asyncio.wait_for(collect(engine, ask("b")), 20)

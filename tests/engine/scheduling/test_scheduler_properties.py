@@ -30,14 +30,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         stored=VIRTUAL,
         soft=VIRTUAL,
         other=VIRTUAL,
+        is_ahead=st.booleans(),
     )
     def start(
-        self, num_blocks: int, sequences: int, spare: int, bulk: int, stored: int, soft: int, other: int
+        self,
+        num_blocks: int,
+        sequences: int,
+        spare: int,
+        bulk: int,
+        stored: int,
+        soft: int,
+        other: int,
+        is_ahead: bool,
     ) -> None:
         self.scheduler = make_scheduler(
             num_blocks, BLOCK_SIZE, sequences=sequences, tokens=sequences + spare, waiting=50, bulk=bulk
         )
-        self.engine = ToyEngine(self.scheduler)
+        self.engine = ToyEngine(self.scheduler, is_ahead=is_ahead)
         self.live: list[Sequence] = []
         self.prefixes: list[tuple[SharedPrefix, list[int], bytes]] = []
         self.asked_logits: dict[Sequence, int] = {}
@@ -144,9 +153,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), cancels=st.booleans(), drafts=st.lists(st.integers(0, 2), max_size=5))
     def step(self, data: st.DataObject, cancels: bool, drafts: list[int]) -> None:
+        if self.engine.in_flight and self.scheduler.must_land:
+            self.engine.land()
+            self.live = [sequence for sequence in self.live if not sequence.is_finished]
         before = {s: (s.status, s.num_preemptions) for s in self.live}
 
         def during(schedule: Schedule) -> None:
+            assert schedule.chunks or self.engine.in_flight or not self.live, "nothing was scheduled"
             self._check_schedule(schedule, before)
             if cancels and self.live:
                 self._cancel(data.draw(st.sampled_from(self.live)))
@@ -187,13 +200,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert schedule.num_tokens <= config.max_num_batched_tokens
         assert len(running) == self.scheduler.num_running
         assert sum(not s.is_internal for s in running) <= config.max_num_sequences
-        assert schedule.chunks or not self.live, "work is left and nothing was scheduled"
+        assert not (self.engine.in_flight and schedule.preempted)
         for chunk in schedule.chunks:
-            assert chunk.start == chunk.sequence.num_computed_tokens
-            assert 1 <= chunk.num_tokens <= chunk.sequence.num_tokens - chunk.start
-            assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens + len(
-                chunk.drafts
-            )
+            sequence = chunk.sequence
+            assert chunk.start == sequence.num_reached_tokens
+            assert 1 <= chunk.num_tokens <= sequence.num_expected_tokens - chunk.start
+            num_cells = len(sequence.block_table) * BLOCK_SIZE
+            assert num_cells >= sequence.num_expected_tokens + len(chunk.drafts)
             assert not chunk.drafts or (chunk.is_decode and chunk.ends_tokens)
         assert not schedule.num_drafts or schedule.num_tokens <= config.max_draft_rows
         decoding = [s for s in running if s.num_left == 1 and not s.is_internal and not s.is_bulk]
@@ -256,6 +269,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = Counter(block for s in self.live for block in s.block_table)
         for prefix in self.scheduler._prefixes:
             held.update(prefix.block_ids)
+        for flight in self.scheduler._in_flight._flights:
+            held.update(flight.blocks)
         assert [pool.num_refs(block) for block in range(pool.num_blocks)] == [
             held[block] for block in range(pool.num_blocks)
         ]
@@ -275,7 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_holds_more_blocks_than_for_its_tokens(self) -> None:
         for sequence in getattr(self, "live", []):
-            assert len(sequence.block_table) <= -(-sequence.num_tokens // BLOCK_SIZE)
+            assert len(sequence.block_table) <= -(-sequence.num_expected_tokens // BLOCK_SIZE)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

@@ -61,12 +61,14 @@ class Device:
 
     def check_blocks(self, block_ids: Iterable[int], what: str) -> None:
         """Blocks are about to change, or to be anybody's."""
-        named = {block for step in self.launched for block in step.blocks}
+        named = {block for step in tuple(self.launched) for block in step.blocks}
         self.check(named.isdisjoint(block_ids), f"{what} of a step in flight")
 
     def check_slot(self, slot: int, what: str) -> None:
         """A slot is about to change."""
-        self.check(all(slot not in step.slots for step in self.launched), f"slot {slot} {what} in flight")
+        self.check(
+            all(slot not in step.slots for step in tuple(self.launched)), f"slot {slot} {what} in flight"
+        )
 
     def check(self, is_right: bool, what: str) -> None:
         if not is_right:
@@ -223,21 +225,21 @@ class AheadBackend:
         return AheadSlots(self.backend.new_adapters(*arguments), self.device)
 
 
-class WatchedAllocator(BlockAllocator):
-    """Notes when a block that a step in flight names becomes free."""
+def watch_blocks(allocator: BlockAllocator, device: Device) -> BlockAllocator:
+    """Have it noted when a block becomes free that a step in flight names."""
+    free, clear = allocator.free, allocator.clear
 
-    def __init__(self, num_blocks: int, block_size: int, device: Device) -> None:
-        self._device = device
-        super().__init__(num_blocks, block_size)
+    def watched_free(block_ids: Iterable[int]) -> None:
+        given_up = tuple(block_ids)
+        free(given_up)
+        device.check_blocks((each for each in given_up if not allocator.num_refs(each)), "a free block")
 
-    def clear(self) -> None:
-        self._device.check(not self._device.launched, "all blocks are free and a step is in flight")
-        super().clear()
+    def watched_clear() -> None:
+        device.check(not device.launched, "all blocks are free and a step is in flight")
+        clear()
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        block_ids = tuple(block_ids)
-        super().free(block_ids)
-        self._device.check_blocks((each for each in block_ids if not self.num_refs(each)), "a free block")
+    allocator.free, allocator.clear = watched_free, watched_clear  # type: ignore[method-assign]
+    return allocator
 
 
 def _blocks(plan: StepPlan, block_size: int) -> frozenset[int]:

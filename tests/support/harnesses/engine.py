@@ -38,6 +38,7 @@ from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import Chunk, SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
+from support.fakes.ahead import AheadBackend, watch_blocks
 from support.harnesses.backends import default_backend
 
 
@@ -329,11 +330,15 @@ async def running_engine(
     settled = resolve(EngineConfig(**settings))
     backend = backend or default_backend(settled.dtype, settled.num_threads)
     engine = open_engine(model, settled, by_task, backend=backend)
+    if isinstance(backend, AheadBackend):
+        watch_blocks(engine.loop.step.scheduler.allocator, backend.device)
     await engine.start()
     try:
         yield engine
     finally:
         await engine.stop()
+    if isinstance(backend, AheadBackend):
+        assert not backend.device.mistakes, backend.device.mistakes
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

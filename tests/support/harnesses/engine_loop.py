@@ -18,11 +18,12 @@ from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepSt
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease, ResidentAdapter
 from manyhats.engine.sampling.matcher import Grammar
+from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
-from support.fakes.ahead import AheadCache, AheadModel, AheadSlots, Device, WatchedAllocator
+from support.fakes.ahead import AheadCache, AheadModel, AheadSlots, Device, watch_blocks
 from support.fakes.engine import FakeCache, FakeDecoder, KeptSlot
 from support.harnesses.backends import ahead_seed
 from support.harnesses.engine import random_ids
@@ -56,7 +57,7 @@ class Loop:
         if self.ahead is not None:
             model, cache = AheadModel(model, self.device), AheadCache(cache, self.device)
             slots = AheadSlots(slots, self.device)
-        allocator = WatchedAllocator(self.num_blocks, self.block_size, self.device)
+        allocator = watch_blocks(BlockAllocator(self.num_blocks, self.block_size), self.device)
         self.steps = Step(
             Scheduler(self.config, allocator),
             model,

@@ -155,7 +155,7 @@ class Streams:
         return endings
 
     def end(self, reason: str) -> None:
-        """Tell everyone still waiting that nothing more will come; nothing runs any more."""
+        """Tell everyone still waiting that nothing more will come."""
         for ending in self._put_off:
             ending()
         self._put_off = []

@@ -146,10 +146,10 @@ class Loop:
         try:
             while not self._is_stopping:
                 self._turn()
+            self.step.settle()
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
         self.watch.stop()
-        self.step.settle()
         self.streams.end("the engine has ended" if self.failure is None else "the engine failed")
         if self.failure is not None:
             _log.error("engine died", exc_info=self.failure)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from manyhats.engine.scheduling.blocks import BlockAllocator
-from manyhats.engine.scheduling.schedule import Schedule
-
-if TYPE_CHECKING:
-    from manyhats.engine.scheduling.sequence import Placement, Sequence
+from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.sequence import Placement, Sequence, SequenceStatus
 
 MAX_IN_FLIGHT = 2
 """One that is launched, and the one before it, which is then committed."""
@@ -25,7 +22,7 @@ class Flight:
         schedule: of the step.
         began_s: when it was scheduled, on the scheduler's clock.
         is_counted_on: whether the next one may be scheduled as if it had run.
-        choosing: sequences that it gives a token that the next one runs.
+        choosing: sequences to which it gives a token that the next one runs.
         blocks: references that are dropped once it is committed.
         placements: those that sequences leave then.
     """
@@ -33,9 +30,32 @@ class Flight:
     schedule: Schedule
     began_s: float
     is_counted_on: bool = False
-    choosing: list[Sequence] = field(default_factory=list)
+    choosing: set[Sequence] = field(default_factory=set)
     blocks: list[int] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
+
+    def count_on(self) -> None:
+        """Count its tokens as computed, and those that it chooses as there."""
+        for chunk in self._running_chunks():
+            sequence = chunk.sequence
+            # A token that brings the sequence to its maximum ends it, and is not run.
+            if chunk.ends_tokens and sequence.num_expected_tokens + 1 < sequence.max_num_tokens:
+                sequence.num_unknown_tokens += 1
+                self.choosing.add(sequence)
+            sequence.num_launched_tokens += chunk.num_tokens
+        self.is_counted_on = True
+
+    def count_no_more_on(self) -> None:
+        """Undo that, if it was done."""
+        if not self.is_counted_on:
+            return
+        for chunk in self._running_chunks():
+            chunk.sequence.num_launched_tokens -= chunk.num_tokens
+            chunk.sequence.num_unknown_tokens -= chunk.sequence in self.choosing
+
+    def _running_chunks(self) -> Iterator[Chunk]:
+        """Those of sequences that have not stopped since, and so lost what is in flight of them."""
+        return (chunk for chunk in self.schedule.chunks if chunk.sequence.status is SequenceStatus.RUNNING)
 
 
 class InFlight:

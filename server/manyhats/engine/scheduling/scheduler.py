@@ -229,20 +229,15 @@ class Scheduler:
         return schedule
 
     def count_on(self, schedule: Schedule) -> None:
-        """Count a launched step as run, so that the next may be scheduled before it is committed."""
+        """Count a launched step as run, so that the next may be scheduled before it is committed.
+
+        Raises:
+            ValueError: it is not in flight.
+        """
         flight = self._in_flight.of(schedule)
         if flight is None:
             raise ValueError("the schedule is not in flight")
-        for chunk in schedule.chunks:
-            sequence = chunk.sequence
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            # A token that brings the sequence to its maximum ends it, and is not run.
-            if chunk.ends_tokens and sequence.num_expected_tokens + 1 < sequence.max_num_tokens:
-                sequence.num_unknown_tokens += 1
-                flight.choosing.append(sequence)
-            sequence.num_launched_tokens += chunk.num_tokens
-        flight.is_counted_on = True
+        flight.count_on()
 
     @property
     def must_land(self) -> bool:
@@ -328,8 +323,8 @@ class Scheduler:
         Others go on from where they were before it.
         """
         flight = self._in_flight.of(schedule)
-        if flight is not None and flight.is_counted_on:
-            self._count_no_more_on(flight)
+        if flight is not None:
+            flight.count_no_more_on()
         for fill in schedule.prefix_fills:
             self.forget(fill.virtual)  # nothing has been written there
         for sequence in schedule.started:
@@ -338,15 +333,6 @@ class Scheduler:
                 self._queue.enter(sequence)
         if flight is not None:
             self._in_flight.land(flight)
-
-    def _count_no_more_on(self, flight: Flight) -> None:
-        is_running = SequenceStatus.RUNNING
-        for chunk in flight.schedule.chunks:
-            if chunk.sequence.status is is_running:
-                chunk.sequence.num_launched_tokens -= chunk.num_tokens
-        for sequence in flight.choosing:
-            if sequence.status is is_running:
-                sequence.num_unknown_tokens -= 1
 
     def _note_pace(self, flight: Flight) -> None:
         """Learn from a step how long bulk tokens take, if there is nothing else in it but decodes."""
