@@ -202,10 +202,12 @@ class DeviceTier:
 
     def _copy(self, adapter: PlacedAdapter, may_evict: bool) -> None:
         """Copy an adapter into a free slot, on the copier, after evicting what is in the way."""
-        with self._lock:
-            going = None if adapter.is_removed else self._in_the_way(adapter)
-            slot = None if going is None or (going and not may_evict) else self._slot_after(going)
+        slot: int | None = None
         try:
+            with self._lock:
+                going = None if adapter.is_removed else self._in_the_way(adapter)
+                if going == [] or (going and may_evict):
+                    slot = self._slot_after(going)
             if slot is not None:
                 self._slots.place(slot, adapter.packed)
         except BaseException as error:  # noqa: BLE001 whatever it was, it is raised where the slot is asked for

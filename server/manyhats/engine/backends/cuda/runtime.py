@@ -157,7 +157,7 @@ class _CudaEvent:
         self.torch.synchronize()
 
     def query(self) -> bool:
-        return self.torch.query()
+        return bool(self.torch.query())
 
 
 def _stream_of(stream: Stream | None) -> torch.cuda.Stream | None:
