@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.engine.errors import AdapterCapacityError
-from manyhats.engine.threads.background import background_threads
 
 if TYPE_CHECKING:
     from manyhats.engine.backends.backend import AdapterSlots, Packed
@@ -29,6 +28,15 @@ class Tier(Enum):
     HOST = "host"
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """A device's own memory for adapters: how much is taken and free, and how much was copied to it since the start."""
+
+    used: int
+    free: int
+    copied: int
+
+
 class DeviceTier:
     """Slots 1 … n. A slot whose adapter runs in no sequence may go to another, the longest idle first.
 
@@ -41,26 +49,35 @@ class DeviceTier:
     Args:
         slots: the backend's.
         num_slots: n.
+        copier: one thread, which begins with the first copy.
         on_change: called, on any thread, when a copy has ended, or room was made that nothing else tells of.
-        copier: copies one adapter after another; a thread of its own by default.
     """
 
     def __init__(
         self,
         slots: AdapterSlots[Any],
         num_slots: int,
+        copier: Executor,
         on_change: Callable[[], None] = lambda: None,
-        copier: Executor | None = None,
     ) -> None:
         self._slots = slots
         self._memory = slots.memory
         self._on_change = on_change
-        self._copier = copier or background_threads(1, "adapter-copier")
+        self._copier = copier
         self._free = list(range(num_slots, 0, -1))
         self._idle: dict[PlacedAdapter, None] = {}  # they have slots; longest idle first
         self._lock = threading.Lock()
         self._num_coming = 0
         self.num_evictions = 0
+
+    @property
+    def num_bytes(self) -> DeviceBytes | None:
+        """Of the device's own memory; None if it has none."""
+        memory = self._memory
+        if memory is None:
+            return None
+        free = memory.num_free_bytes
+        return DeviceBytes(memory.num_bytes - free, free, memory.num_copied_bytes)
 
     def can_place(self, adapter: PlacedAdapter) -> bool:
         """Whether ``place`` would give a slot, or begin to, unless ``fill_free`` takes the last free one first."""

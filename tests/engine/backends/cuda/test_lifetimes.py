@@ -137,9 +137,7 @@ class World:
         self.runtime = FakeRuntime(seed)
         self.slots = Slots(self.runtime)
         self.copier = Copier()
-        self.tier = DeviceTier(
-            cast(AdapterSlots[Any], self.slots), NUM_SLOTS, copier=cast(Executor, self.copier)
-        )
+        self.tier = DeviceTier(cast(AdapterSlots[Any], self.slots), NUM_SLOTS, self.copier)
         self.finisher = Finisher(cast(Any, None), self.runtime, room=32)
         self.adapters = [
             PlacedAdapter(self.tier, packed_adapter(value, random.randint(1, 3))) for value in range(1, 6)
@@ -396,18 +394,3 @@ def test_a_region_given_away_while_a_step_reads_it_is_caught() -> None:
     memory.take_back(1)
     with pytest.raises(LifetimeError):
         memory.put(2, packed_adapter(2, 1))
-
-
-def test_copies_without_an_event_between_streams_are_caught_and_with_one_are_not() -> None:
-    for is_ordered in (False, True):
-        runtime = FakeRuntime(1)
-        stream, event, memory = runtime.new_stream(), runtime.new_event(), torch.zeros(4, dtype=torch.uint8)
-        runtime.copy(memory, torch.ones(4, dtype=torch.uint8), stream)
-        if is_ordered:
-            event.record(stream)
-            other = runtime.new_stream()
-            other.wait(event)
-            runtime.launch(lambda: None, [memory], stream=other)
-        else:
-            with pytest.raises(LifetimeError):
-                runtime.launch(lambda: None, [memory])
