@@ -226,6 +226,7 @@ ENGINE = Row(
             queries=[
                 Query(gauge("model_bytes", "part", how="max"), "{{part}}"),
                 Query(gauge("adapter_pinned_bytes", how="max"), "pinned adapters"),
+                Query(gauge("adapter_device_bytes", "state", how="max"), "adapters on the GPU, {{state}}"),
                 Query(f"process_resident_memory_bytes{{{SERVERS}}}", "{{instance}}"),
             ],
             unit="bytes",

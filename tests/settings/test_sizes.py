@@ -17,6 +17,7 @@ from manyhats.settings.sizes import parse_size, size_text
 SETTINGS = (
     "kv_cache_bytes",
     "adapter_memory_bytes",
+    "gpu_adapter_bytes",
     "max_artifact_bytes",
     "max_bytes_per_task",
     "max_bytes",

@@ -46,7 +46,7 @@ class Device:
         self.copier = Copier()
         self.num_wakes = 0
         self.tier = DeviceTier(
-            cast(AdapterSlots[Any], self.slots), num_slots, self._wake, copier or self.copier
+            cast(AdapterSlots[Any], self.slots), num_slots, copier or self.copier, self._wake
         )
         self.adapters = [self.adapter(number, size) for number, size in enumerate(sizes)]
 

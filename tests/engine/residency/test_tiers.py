@@ -14,6 +14,7 @@ from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter, Tier
 from manyhats.engine.scheduling.schedule import Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from support.fakes.adapter_memory import Copier
 from support.harnesses.scheduling import ToyEngine, make_scheduler, make_sequence
 
 BLOCK_SIZE = 3
@@ -44,7 +45,7 @@ class Device:
 
     def __init__(self, num_slots: int, num_adapters: int = 0) -> None:
         self.slots = WatchedSlots()
-        self.tier = DeviceTier(cast(AdapterSlots[Any], self.slots), num_slots)
+        self.tier = DeviceTier(cast(AdapterSlots[Any], self.slots), num_slots, Copier())
         self.adapters = [self.adapter(number) for number in range(num_adapters)]
 
     def adapter(self, number: int) -> PlacedAdapter:

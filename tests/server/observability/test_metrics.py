@@ -228,6 +228,19 @@ async def test_gauges_show_the_engines_snapshot() -> None:
     assert value(series, "manyhats_adapter_evictions_total", tier="host") == 5
 
 
+async def test_a_device_s_own_memory_for_adapters_is_shown_where_there_is_one() -> None:
+    async with running_server() as server:
+        series = await scrape(server)
+        server.engine.device = None
+        without = await scrape(server)
+    states = {
+        state: value(series, "manyhats_adapter_device_bytes", state=state) for state in ("used", "free")
+    }
+    assert states == {"used": 70, "free": 30}
+    assert value(series, "manyhats_adapter_copied_bytes_total") == 200
+    assert not [name for name, _ in without if "device_bytes" in name or "copied_bytes" in name]
+
+
 async def test_steps_feed_counters_and_histograms() -> None:
     async with running_server() as server:
         server.metrics.step(StepStats(0.02, 30, 2, 1, 3, 1, 30, 16))

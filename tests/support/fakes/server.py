@@ -45,7 +45,7 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import EncodeRequest, Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
-from manyhats.engine.residency.tiers import Tier
+from manyhats.engine.residency.tiers import DeviceBytes, Tier
 from manyhats.engine.text.chat_template import Rendering
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage, ReadText, TokenSpan
@@ -197,6 +197,7 @@ class EchoEngine:
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     without_slot: set[str] = field(default_factory=set)
+    device: DeviceBytes | None = field(default_factory=lambda: DeviceBytes(used=70, free=30, copied=200))
     used: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
     pin_error: Exception | None = None
@@ -319,6 +320,7 @@ class EchoEngine:
             load_seconds=1.0,
             resident_bytes=10,
             pinned_bytes=len(self.pinned),
+            device=self.device,
         )
 
     def adapter_tiers(self) -> dict[str, Tier]:

@@ -14,8 +14,9 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.errors import FieldInvalidError, PinLimitError
 from manyhats.engine.residency.lease import Lease, ResidentAdapter
-from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter, Tier
+from manyhats.engine.residency.tiers import DeviceBytes, DeviceTier, PlacedAdapter, Tier
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+from manyhats.engine.threads.background import background_threads
 
 if TYPE_CHECKING:
     from manyhats.engine.backends.backend import AdapterSlots, Packed
@@ -31,7 +32,7 @@ LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 class ResidencyStats:
     """Counts since the start, with evictions from memory and from slots separate, and the current bytes.
 
-    ``pinned_bytes`` are those of ``resident_bytes`` that stay.
+    ``pinned_bytes`` are those of ``resident_bytes`` that stay; ``device`` is of a device with memory of its own.
     """
 
     num_loads: int
@@ -40,6 +41,7 @@ class ResidencyStats:
     load_seconds: float
     resident_bytes: int
     pinned_bytes: int = 0
+    device: DeviceBytes | None = None
 
 
 class AdapterResidency:
@@ -73,7 +75,7 @@ class AdapterResidency:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._slots = slots
-        self.device = DeviceTier(slots, num_slots, wake)
+        self.device = DeviceTier(slots, num_slots, background_threads(1, "adapter-copier"), wake)
         self._load = load
         self._kv_capacity = kv_capacity
         self._forget_virtual = forget
@@ -90,7 +92,10 @@ class AdapterResidency:
         """A snapshot."""
         with self._lock:
             return replace(
-                self._stats, num_slot_evictions=self.device.num_evictions, pinned_bytes=self._pinned_bytes
+                self._stats,
+                num_slot_evictions=self.device.num_evictions,
+                pinned_bytes=self._pinned_bytes,
+                device=self.device.num_bytes,
             )
 
     @property

@@ -28,6 +28,15 @@ class Tier(Enum):
     HOST = "host"
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """A device's own memory for adapters: how much is taken and free, and how much was copied to it since the start."""
+
+    used: int
+    free: int
+    copied: int
+
+
 class DeviceTier:
     """Slots 1 … n. A slot whose adapter runs in no sequence may go to another, the longest idle first.
 
@@ -40,26 +49,35 @@ class DeviceTier:
     Args:
         slots: the backend's.
         num_slots: n.
+        copier: one thread, which begins with the first copy.
         on_change: called, on any thread, when a copy has ended, or room was made that nothing else tells of.
-        copier: copies one adapter after another; a thread of its own by default.
     """
 
     def __init__(
         self,
         slots: AdapterSlots[Any],
         num_slots: int,
+        copier: Executor,
         on_change: Callable[[], None] = lambda: None,
-        copier: Executor | None = None,
     ) -> None:
         self._slots = slots
         self._memory = slots.memory
         self._on_change = on_change
-        self._copier = copier or _new_copier()
+        self._copier = copier
         self._free = list(range(num_slots, 0, -1))
         self._idle: dict[PlacedAdapter, None] = {}  # they have slots; longest idle first
         self._lock = threading.Lock()
         self._num_coming = 0
         self.num_evictions = 0
+
+    @property
+    def num_bytes(self) -> DeviceBytes | None:
+        """Of the device's own memory; None if it has none."""
+        memory = self._memory
+        if memory is None:
+            return None
+        free = memory.num_free_bytes
+        return DeviceBytes(memory.num_bytes - free, free, memory.num_copied_bytes)
 
     def can_place(self, adapter: PlacedAdapter) -> bool:
         """Whether ``place`` would give a slot, or begin to, unless ``fill_free`` takes the last free one first."""
@@ -201,10 +219,12 @@ class DeviceTier:
 
     def _copy(self, adapter: PlacedAdapter, may_evict: bool) -> None:
         """Copy an adapter into a free slot, on the copier, after evicting what is in the way."""
-        with self._lock:
-            going = None if adapter.is_removed else self._in_the_way(adapter)
-            slot = None if going is None or (going and not may_evict) else self._slot_after(going)
+        slot: int | None = None
         try:
+            with self._lock:
+                going = None if adapter.is_removed else self._in_the_way(adapter)
+                if going == [] or (going and may_evict):
+                    slot = self._slot_after(going)
             if slot is not None:
                 self._slots.place(slot, adapter.packed)
         except BaseException as error:  # noqa: BLE001 whatever it was, it is raised where the slot is asked for
@@ -299,10 +319,3 @@ class PlacedAdapter:
     def leave(self) -> None:
         """See ``DeviceTier``."""
         self.tier.leave(self)
-
-
-def _new_copier() -> Executor:
-    # Imported here: it loads torch, and the server's ports know a tier's name without.
-    from manyhats.engine.threads.background import background_threads
-
-    return background_threads(1, "adapter-copier")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
-from manyhats.engine.residency.tiers import Tier
+from manyhats.engine.residency.tiers import DeviceBytes, Tier
 from manyhats.server.observability import gateway
 from manyhats.server.observability.gauges import gauge, single
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
@@ -38,6 +38,8 @@ _LIVE = (
     "manyhats_adapter_pinned",
     "manyhats_adapter_pinned_bytes",
     "manyhats_adapter_evictions_total",
+    "manyhats_adapter_device_bytes",
+    "manyhats_adapter_copied_bytes_total",
     *gateway.NAMES,
 )
 
@@ -86,6 +88,8 @@ class LiveMetrics:
         evictions.add_metric([Tier.HOST.value], residency.num_evictions)
         yield evictions
         yield single("manyhats_adapter_pinned_bytes", "Bytes of pinned adapters.", residency.pinned_bytes)
+        if residency.device is not None:
+            yield from _device_metrics(residency.device)
         yield from gateway.load_gauges(backend)
         waiting = backend.engine.stats.waiting_adapters
         yield gateway.adapter_gauge(backend.limits.max_adapters, placed, waiting, records, self._clock())
@@ -121,6 +125,16 @@ class LiveMetrics:
         counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
         values = [((label,), count) for label, count in counts.items()]
         return gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)
+
+
+def _device_metrics(device: DeviceBytes) -> Iterator[Metric]:
+    states = [(("used",), device.used), (("free",), device.free)]
+    yield gauge(
+        "manyhats_adapter_device_bytes", "A GPU's memory for adapters: used or free.", ["state"], states
+    )
+    yield CounterMetricFamily(
+        "manyhats_adapter_copied_bytes", "Bytes of adapters copied to a GPU.", value=device.copied
+    )
 
 
 def _build_info(backend: Backend) -> Metric:
