@@ -6,6 +6,7 @@ from support.gpu.interpreter import DEVICE  # isort: skip
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,17 @@ def test_replayed_steps_have_the_bits_of_launched_ones(model: LoadedModel) -> No
     assert recorder.num_replays >= 3
     for ran, other in zip(replayed, launched, strict=True):
         assert ran.token_ids == other.token_ids
+        assert torch.equal(ran.stacked, other.stacked)
+
+
+def test_a_mixtures_rows_are_sent_anew_in_each_replay(tmp_path: Path) -> None:
+    """Which experts rows go to, and what adapters do there, is all on the device."""
+    model = load_tiny(make_checkpoint(tmp_path / "tiny", "mixtral", seed=5))
+    prompts = [Prompt(random_ids(i, 3, TINY_VOCAB_SIZE), slot=i, new_tokens=3) for i in range(2)]
+    recorder = Recorder()
+    replayed, launched = run(model, prompts, recorder), run(model, prompts, None)
+    assert recorder.num_replays >= 1
+    for ran, other in zip(replayed, launched, strict=True):
         assert torch.equal(ran.stacked, other.stacked)
 
 

@@ -40,6 +40,9 @@ THREE = {"PARTS": 3, "SPLITS": 4, "BM": 16, "BR": 16}
 ONE = {"PARTS": 1, "SPLITS": 8, "BM": 16, "BR": 16}
 
 
+UNFUSED = (deltas.expand, bottleneck.read, bottleneck.widen, bottleneck.leave, bottleneck.skip_norm)
+
+
 def dots(sm: int) -> list[Entry]:
     kernels = [
         (deltas.shrink, SHRINK, {**THREE, "GATHERS": True, "BK": 128}),
@@ -50,7 +53,15 @@ def dots(sm: int) -> list[Entry]:
     if sm in (80, 90):
         kernels.append((deltas.expand, {**EXPAND, "y": "*fp32"}, {**ONE, "GATES": 0, "BN": 128}))
     return [
-        Entry(kernel, sm, types, constants, mma="HMMA", aligned=ALIGNED)
+        Entry(
+            kernel,
+            sm,
+            types,
+            constants,
+            mma="HMMA",
+            aligned=ALIGNED,
+            enable_fp_fusion=kernel not in UNFUSED,
+        )
         for kernel, types, constants in kernels
     ]
 
@@ -73,7 +84,10 @@ def others(sm: int) -> list[Entry]:
         (scaling.put_outputs, {**PUT, "found": "*bf16", "y": "*bf16"}, {"BLOCK": 512}),
         (ends.change_embedding, EMBEDDING, {"BLOCK": 512}),
     )
-    return [Entry(kernel, sm, types, constants, aligned=ALIGNED) for kernel, types, constants in kernels]
+    return [
+        Entry(kernel, sm, types, constants, aligned=ALIGNED, enable_fp_fusion=kernel not in UNFUSED)
+        for kernel, types, constants in kernels
+    ]
 
 
 ENTRIES = [*(entry for sm in (80, 86, 89, 90) for entry in dots(sm)), *others(80)]

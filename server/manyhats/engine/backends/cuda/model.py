@@ -21,7 +21,7 @@ from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_
 from manyhats.engine.backends.cuda.layers import Layers
 from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher, on_device
 from manyhats.engine.backends.cuda.runtime import Runtime
-from manyhats.engine.backends.cuda.self_test import check_linears
+from manyhats.engine.backends.cuda.self_test import check_experts, check_linears
 from manyhats.engine.backends.cuda.upload import Uploads
 from manyhats.engine.backends.cuda.weights import CudaWeights
 from manyhats.engine.backends.limits import Limits
@@ -114,6 +114,7 @@ class CudaModel:
     def warm_up(self, cache: CudaKVCache, adapters: CudaAdapterSlots, slot: int, progress: Progress) -> None:
         """Compiles kernels, proves that linears are right and the model runs, and records the base's decode steps."""
         check_linears(self.weights.linears(), self._buffers.linear, self._limits.max_rows)
+        check_experts(self.weights.experts(), self._limits.max_rows)
         run_one(self, cache, adapters, slot)
         if self._graphs is not None and self.architecture.head is not None:
             for rows in decode_rows(self._limits):

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda.dense_linear import DenseLinear
+from manyhats.engine.backends.cuda.expert_linear import ExpertLinears, expert_linear
 from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
 from manyhats.engine.backends.cuda.linear_tiles import ROW_BUCKETS
 from manyhats.engine.backends.cuda.nf4_linear import nf4_dequantize
+from manyhats.engine.backends.cuda.routing import SortedPairs, sort_pairs
 from manyhats.engine.errors import ModelError
 
 _NUM_ROWS = 20
@@ -35,25 +37,68 @@ def check_linears(linears: Iterable[CudaLinear], workspace: LinearWorkspace, max
         _check(each, workspace, max_rows)
 
 
+def check_experts(linears: Iterable[ExpertLinears], max_rows: int) -> None:
+    """The same of experts' linears: some rows sent to one expert, one by one, and together in tiles of each size.
+
+    Raises:
+        ModelError: as ``check_linears``.
+    """
+    shapes = {(type(each.experts[0]), each.out_features, each.in_features): each for each in linears}
+    for each in shapes.values():
+        _check_experts(each, max_rows)
+
+
 def _check(weights: CudaLinear, workspace: LinearWorkspace, max_rows: int) -> None:
-    name = f"{weights.in_features} inputs and {weights.out_features} outputs"
     count = min(_NUM_ROWS, max_rows)
     x = _rows(count, weights)
     alone = torch.cat([_product(x[row : row + 1], weights, workspace) for row in range(count)])
+    _check_values(weights, x, alone)
+    for size in _sizes(count, max_rows):
+        among = torch.cat((_rows(size - count, weights), x))
+        _check_bits(weights, _product(among, weights, workspace)[size - count :], alone, size)
+
+
+def _check_experts(experts: ExpertLinears, max_rows: int) -> None:
+    first, count = experts.experts[0], min(_NUM_ROWS, max_rows)
+    x = _rows(count, first)
+    alone = torch.cat([_of_expert(x[row : row + 1], experts, ROW_BUCKETS[0]) for row in range(count)])
+    _check_values(first, x, alone)
+    for bucket in ROW_BUCKETS:
+        _check_bits(first, _of_expert(x, experts, bucket), alone, bucket)
+
+
+def _check_values(weights: CudaLinear, x: Tensor, found: Tensor) -> None:
     right = x.float() @ _dense(weights).float().T
     if weights.bias is not None:
         right += weights.bias
-    if not bool(((alone - right).abs().max() <= _MAX_ERROR * right.abs().max()).item()):
+    if not bool(((found - right).abs().max() <= _MAX_ERROR * right.abs().max()).item()):
         raise ModelError(
-            f"this GPU multiplies wrongly by a linear of {name}; give --invariance fast, and report it"
+            f"this GPU multiplies wrongly by a linear of {_name_of(weights)}; give --invariance fast, and report it"
         )
-    for size in _sizes(count, max_rows):
-        among = torch.cat((_rows(size - count, weights), x))
-        if not torch.equal(_product(among, weights, workspace)[size - count :], alone):
-            raise ModelError(
-                f"a row's bits depend on the others of its step on this GPU, in a linear of {name} with {size} rows; "
-                "give --invariance fast, and report it"
-            )
+
+
+def _check_bits(weights: CudaLinear, found: Tensor, alone: Tensor, num_rows: int) -> None:
+    if not torch.equal(found, alone):
+        raise ModelError(
+            f"a row's bits depend on the others of its step on this GPU, in a linear of {_name_of(weights)} with "
+            f"{num_rows} rows; give --invariance fast, and report it"
+        )
+
+
+def _name_of(weights: CudaLinear) -> str:
+    return f"{weights.in_features} inputs and {weights.out_features} outputs"
+
+
+def _of_expert(x: Tensor, experts: ExpertLinears, bucket: int) -> Tensor:
+    """Rows sent to the first expert, in tiles for as many rows as a bucket has."""
+    num_experts, device = len(experts.experts), x.device
+    tile = experts.tile(bucket * num_experts)
+    room = SortedPairs.room(x.shape[0], num_experts, tile.rows, device)
+    chosen = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=device)
+    pairs = sort_pairs(chosen, num_experts, tile.rows, room)
+    y = torch.empty(x.shape[0], experts.out_features, device=device)
+    expert_linear(x, experts, pairs, y, tile)
+    return y
 
 
 def _sizes(least: int, max_rows: int) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 
 from manyhats.adapters.sites import ROUTER
 from manyhats.engine.backends.cuda.dense_linear import DenseLinear
+from manyhats.engine.backends.cuda.expert_linear import ExpertLinears
 from manyhats.engine.backends.cuda.experts import Mixture, pack_mixture
 from manyhats.engine.backends.cuda.linear import CudaLinear
 from manyhats.engine.backends.cuda.linear_packing import pack_linear
@@ -88,6 +89,12 @@ class CudaWeights:
         yield from self.outer.values()
         if self.head is not None:
             yield self.head
+
+    def experts(self) -> Iterator[ExpertLinears]:
+        """Those of all mixtures, each once."""
+        for layer in self._sets:
+            if layer.mixture is not None:
+                yield from (layer.mixture.first, layer.mixture.down)
 
     @property
     def num_bytes(self) -> Mapping[str, int]:

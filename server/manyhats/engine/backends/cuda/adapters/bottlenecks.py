@@ -48,6 +48,8 @@ def change_output(
 ) -> None:
     """Put ``m'`` in the place of m, of each row whose adapter has a bottleneck there.
 
+    Without fused multiply-adds, so that a row has the same bits whether or not others of its step have gates, or ends.
+
     Args:
         step: the step's adapters.
         place: the sub-layer.
@@ -66,7 +68,7 @@ def change_output(
     of_norm = {"NORM": int(norm.kind), "HAS_BIAS": norm.bias is not None, "BLOCK": _ROW_TILE}
     bottleneck.read[(step.max_rows,)](
         r, m, work.read, work.gates, *step.of_rows, *where, *normed,
-        **of_norm, HAS_GATES=has_gates, enable_fp_fusion=True,
+        **of_norm, HAS_GATES=has_gates, enable_fp_fusion=False,
     )  # fmt: skip
     if has_gates:
         close_gates(step, place.word + BottleneckWord.GATE, 1, work)
@@ -75,11 +77,11 @@ def change_output(
     bottleneck.widen[step.max_segments, -(-place.size // _OUTPUT_TILE)](
         work.inside, work.found, work.gates, within, step.segments, step.num_segments, step.records, *where,
         step.max_rows, tiles * RANK_TILE, SPLITS=split_of(place.size)[0], HAS_GATES=has_gates, HAS_ENDS=has_ends,
-        BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=True,
+        BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=False,
     )  # fmt: skip
     bottleneck.leave[(step.max_rows,)](
         r, m, work.found, within, *step.of_rows, *where, *normed,
-        **of_norm, HAS_ENDS=has_ends, enable_fp_fusion=True,
+        **of_norm, HAS_ENDS=has_ends, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -103,5 +105,5 @@ def skip_norms(step: StepAdapters, place: StreamPlace, r: Tensor, m: Tensor, str
     within, has_ends = step.within(place.name)
     bottleneck.skip_norm[step.max_rows, -(-place.size // _ROW_TILE)](
         r, m, stream, within, *step.of_rows, step.records.stride(0), place.word, place.size,
-        HAS_ENDS=has_ends, BLOCK=_ROW_TILE, enable_fp_fusion=True,
+        HAS_ENDS=has_ends, BLOCK=_ROW_TILE, enable_fp_fusion=False,
     )  # fmt: skip

@@ -89,7 +89,10 @@ def shrink(
 
 
 def expand(step: StepAdapters, y: Tensor, work: Workspace, place: GroupPlace, rank: int) -> None:
-    """What ``shrink`` left, times the second matrices, with factors and offsets: into y, as in ``change_outputs``."""
+    """What ``shrink`` left, times the second matrices, with factors and offsets: into y, as in ``change_outputs``.
+
+    Without fused multiply-adds, so that a row has the same bits whether or not others of its step have gates.
+    """
     sizes = (*place.sizes, *(0,) * (MAX_MEMBERS - len(place.sizes)))
     num_splits, _ = split_of(place.d_in)
     grid = (step.max_segments, len(place.sizes), -(-max(sizes) // _OUTPUT_TILE))
@@ -97,5 +100,5 @@ def expand(step: StepAdapters, y: Tensor, work: Workspace, place: GroupPlace, ra
         work.inside, y, work.gates, step.rows, step.segments, step.num_segments, step.records, step.records.stride(0),
         place.members, y.stride(0), *sizes, step.max_rows, rank_tiles(rank) * RANK_TILE,
         PARTS=len(place.sizes), SPLITS=num_splits, GATES=GATES if place.name in step.acting.gates else 0,
-        BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=True,
+        BM=SEGMENT_ROWS, BN=_OUTPUT_TILE, BR=RANK_TILE, enable_fp_fusion=False,
     )  # fmt: skip
