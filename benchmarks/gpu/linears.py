@@ -140,11 +140,11 @@ def _time_own(bench: Bench, scale: Scale, rows: int, device: torch.device) -> No
             return
         times[candidate] = _time(bench, candidate, x, y, bench.copies, "nested")
         _time(bench, candidate, x, y, bench.flat, "plain")
-    for block_k, splits in others:
-        for candidate in sorted(times, key=times.__getitem__)[:_BEST]:
-            if bench.out.is_late:
-                return
-            cut = replace(candidate, block_k=block_k, splits=splits)
+    for family in others:
+        there = {each.tile for each in nf4_candidates(bench.shape, family, sm, is_tiny=is_tiny)}
+        fastest = sorted((each for each in times if each.tile in there), key=times.__getitem__)
+        for candidate in fastest[:_BEST]:
+            cut = replace(candidate, block_k=family[0], splits=family[1])
             _time(bench, cut, x, y, bench.copies, "nested")
     if rows >= _DECODING_FROM:
         for family in (usual, *others):

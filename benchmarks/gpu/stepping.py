@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.model import RandomModel, adapter_bytes, random_lora
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.timing import event
-from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.backend import Backend, Pending
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import Ints, StepPlan, int32
 from manyhats.engine.backends.wants import NO_TARGETS, Wants
@@ -95,6 +95,9 @@ class Engine:
         model: laid out on it.
         scale: how many sequences there may be, how long, and their adapters.
         num_slots: for adapters, besides the base.
+
+    Attributes:
+        num_ahead: steps that are launched before the one before them is collected: 1 if the backend runs ahead.
     """
 
     def __init__(self, backend: Backend, model: RandomModel, scale: Scale, num_slots: int) -> None:
@@ -102,6 +105,7 @@ class Engine:
         self._vocab_size = architecture.vocab_size
         self._is_cuda = scale.is_gpu
         self._num_warm = scale.num_warm
+        self.num_ahead = int(getattr(backend, "runs_ahead", False))
         self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
         self.model = backend.prepare(architecture, model.weights)
         self.adapters = backend.new_adapters(architecture, num_slots + 1, "bfloat16")
@@ -148,6 +152,9 @@ class Engine:
             )
             for step in range(self._num_warm + num_steps)
         ]
+        if self.num_ahead:  # the token that the step before chooses
+            chosen = int32(-1 - np.arange(rows))
+            plans[1:] = [replace(plan, token_ids=chosen) for plan in plans[1:]]
         return self.run(plans, num_warm=self._num_warm, while_steps=while_steps)
 
     def prefill(self, length: int, max_rows: int) -> StepTimes:
@@ -183,26 +190,24 @@ class Engine:
         num_warm: int,
         while_steps: Callable[[int], object] = lambda step: None,
     ) -> StepTimes:
-        """Launch each when the one before it is collected.
+        """Launch each when the one before it is collected, or launched if the backend runs ahead.
 
         Raises:
             RuntimeError: logits are not finite.
         """
         wants = [greedy(plan.logit_rows.size, self._vocab_size) for plan in plans]
         marks: list[tuple[Any, Any]] = []
+        waiting: list[Pending] = []
         ends_s = [time.perf_counter()]
         for index, (plan, wanted) in enumerate(zip(plans, wants, strict=True)):
-            if index == num_warm:
-                marks, ends_s = [], [time.perf_counter()]
             while_steps(index - num_warm)
             begin = self._mark()
-            pending = self.model.forward(plan, self.cache, self.adapters).finish(wanted)
+            waiting.append(self.model.forward(plan, self.cache, self.adapters).finish(wanted))
             marks.append((begin, self._mark()))
-            outcome = pending.result()
-            ends_s.append(time.perf_counter())
-            if outcome.bad_rows:
-                raise RuntimeError(f"step {index}: logits of rows {sorted(outcome.bad_rows)} are not finite")
-        return _times(ends_s, marks if self._is_cuda else [])
+            if len(waiting) > self.num_ahead:
+                ends_s.append(_collected(waiting.pop(0)))
+        ends_s += [_collected(pending) for pending in waiting]
+        return _times(ends_s[num_warm:], marks[num_warm:] if self._is_cuda else [])
 
     def _mark(self) -> Any:
         if not self._is_cuda:
@@ -210,6 +215,14 @@ class Engine:
         mark = event()
         mark.record()
         return mark
+
+
+def _collected(pending: Pending) -> float:
+    """When it is."""
+    bad = pending.result().bad_rows
+    if bad:
+        raise RuntimeError(f"logits of rows {sorted(bad)} are not finite")
+    return time.perf_counter()
 
 
 def _times(ends_s: Sequence[float], marks: Sequence[tuple[Any, Any]]) -> StepTimes:
@@ -252,10 +265,20 @@ def limits_of(scale: Scale, model: RandomModel) -> Limits:
 
 
 def open_strict(scale: Scale, model: RandomModel) -> Backend:
-    """The engine's own kernels: a row's bits depend on that row alone."""
+    """The engine's own kernels: a row's bits depend on that row alone. On a GPU steps are graphs."""
     from manyhats.engine.backends.cuda.backend import CudaBackend
 
     return CudaBackend(scale.device, limits_of(scale, model))
+
+
+def open_launched(scale: Scale, model: RandomModel) -> Backend:
+    """The same without graphs: what cannot be recorded is launched."""
+    from manyhats.engine.backends.cuda.backend import CudaBackend
+
+    def refuse(launch: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("steps are launched here, to see what graphs save")
+
+    return CudaBackend(scale.device, limits_of(scale, model), refuse)
 
 
 def open_fast(scale: Scale, model: RandomModel) -> Backend:
@@ -263,7 +286,3 @@ def open_fast(scale: Scale, model: RandomModel) -> Backend:
     from manyhats.engine.backends.torch.backend import TorchBackend
 
     return TorchBackend(scale.device, "bfloat16", by_row=False, limits=limits_of(scale, model))
-
-
-BACKENDS: dict[str, Callable[[Scale, RandomModel], Backend]] = {"strict": open_strict, "fast": open_fast}
-"""By what is promised."""
