@@ -88,7 +88,7 @@ def _compile(out: Recorder, scale: Scale, sm: int) -> None:
 def jobs_of(scale: Scale, sm: int) -> list[Job | StepJob]:
     """One for each kernel that later parts launch; under ``--cpu``, one of a GPU's."""
     steps = [StepJob(LLAMA_8B, 2, 1), StepJob(LLAMA_8B, DECODED_ROWS + 64, 0)]
-    products = list(_products(sm))
+    products: list[Job | StepJob] = list(_products(sm))
     return [*steps, *products] if scale.is_gpu else products[-1:]
 
 

@@ -35,7 +35,7 @@ from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 
 _FEW_CALLS, _MANY_ROWS = 3, 512
 """Products that are timed together, from so many rows on."""
-_MOST_COPIES = 32
+_MOST_COPIES = 64
 _FEW_ROWS = (1, 16, 64)
 """Numbers of rows for which K is also cut in other ways than the default."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,9 +91,14 @@ class Recorder:
             self.lacks(f"all that would have followed after {self.limit_s:.0f} s")
         return is_late
 
+    @property
+    def left_s(self) -> float:
+        """Until it should end; at least a little."""
+        return max(0.1, self.limit_s - (time.perf_counter() - self._began_s))
+
     def record(self, what: str, **figures: Any) -> None:
         """Keep figures."""
-        self.found.records.append((what, figures))
+        self.found.records.append((what, {name: _plain(value) for name, value in figures.items()}))
         self._say(f"{what}: " + ", ".join(f"{name} {_shown(value)}" for name, value in figures.items()))
         if time.perf_counter() - self._written_s > _WRITE_S:
             self.write()
@@ -123,6 +129,11 @@ def write(directory: Path, found: Found) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(asdict(found), indent=1) + "\n")
     new.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no number for, by its name."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: object) -> str:

@@ -108,12 +108,13 @@ class Engine:
         self.num_ahead = int(getattr(backend, "runs_ahead", False))
         self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
         self.model = backend.prepare(architecture, model.weights)
+        left = _left(scale, num_slots * adapter_bytes(architecture, scale.rank))
         self.adapters = backend.new_adapters(architecture, num_slots + 1, "bfloat16")
         num_blocks = max(
             (max(scale.decode_rows) + 1) * self._decode_blocks, -(-max(scale.step_prompts) // BLOCK)
         )
         wanted = num_blocks * BLOCK * architecture.kv_bytes_per_token("bfloat16")
-        num_bytes = min(wanted, _left(scale, num_slots * adapter_bytes(architecture, scale.rank)))
+        num_bytes = min(wanted, left)
         self.cache = backend.new_cache(architecture, BLOCK, "bfloat16", num_bytes)
         # One adapter in many slots: each has its own memory, and what is in it changes no time.
         self.packed = self.adapters.pack(random_lora(architecture, scale.rank, "random"))
@@ -245,7 +246,7 @@ def most_adapters(scale: Scale, model: RandomModel) -> int:
 
 
 def _left(scale: Scale, for_adapters: int) -> int:
-    """Bytes for the cache; some are left to steps, and to adapters, which may not have theirs yet."""
+    """Bytes for the cache; some are left to steps, and to adapters, which have none yet."""
     if not scale.is_gpu:
         return 1 << 30
     free, _ = torch.cuda.mem_get_info()
