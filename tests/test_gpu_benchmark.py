@@ -212,7 +212,7 @@ def test_the_fastest_whose_bits_hold_are_chosen() -> None:
     assert (shape.shape, shape.block_k, shape.splits, shape.decoded_rows) == ((4096, 4096), 64, 2, 2048)
     assert shape.us == {1: 11, 512: 300, 2048: 800}
     names: dict[str, Any] = {"Mapping": Mapping, **vars(linear_tiles)}
-    exec(source(90, [shape]), names)
+    exec(source(90, [shape]), names)  # where it is put, below the classes
     tiles = names["MEASURED"][90, 4096, 4096]
     assert tiles == linear_tiles.tiles_for(90, 4096, 4096, names["MEASURED"])
     assert (tiles.splits, tiles.nf4[16], tiles.nf4[256], tiles.dense[256]) == (2, OTHER, MANY, DENSE)
