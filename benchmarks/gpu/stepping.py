@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of
 
 BLOCK = 16
+_HIDDEN_STEPS = 3
+_SLEEP_CYCLES = 100_000_000
+"""Some 50 ms, in which the host launches a step."""
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -68,13 +71,11 @@ class StepTimes:
 
     Attributes:
         step_s: from the end of one step to the end of the next, by the host's clock, in their order.
-        device_s: from a step's first launch to its last kernel's end, by events; empty on the CPU.
-        gap_s: from the end of a step's last kernel to the next step's first launch; likewise.
+        device_s: what the device alone takes for such a step; empty where that was not measured.
     """
 
     step_s: list[float]
     device_s: list[float]
-    gap_s: list[float]
 
     @property
     def median_s(self) -> float:
@@ -83,8 +84,8 @@ class StepTimes:
 
     @property
     def host_share(self) -> float | None:
-        """Of a step, how much the device waits for the host between two of them; None on the CPU."""
-        return median(self.gap_s) / self.median_s if self.gap_s else None
+        """Of a step, how much the device waits for the host; None where that was not measured."""
+        return 1 - median(self.device_s) / self.median_s if self.device_s else None
 
 
 class Engine:
@@ -151,12 +152,15 @@ class Engine:
                 self._decode_blocks,
                 self._vocab_size,
             )
-            for step in range(self._num_warm + num_steps)
+            for step in range(self._num_warm + num_steps + _HIDDEN_STEPS)
         ]
+        hidden = plans[-_HIDDEN_STEPS:] if self._is_cuda else []
+        del plans[-_HIDDEN_STEPS:]
         if self.num_ahead:  # the token that the step before chooses
             chosen = int32(-1 - np.arange(rows))
             plans[1:] = [replace(plan, token_ids=chosen) for plan in plans[1:]]
-        return self.run(plans, num_warm=self._num_warm, while_steps=while_steps)
+        step_s = self.run(plans, self._num_warm, while_steps)
+        return StepTimes(step_s, [self._device_s(plan) for plan in hidden])
 
     def prefill(self, length: int, max_rows: int) -> StepTimes:
         """One prompt, in steps of at most so many rows."""
@@ -168,7 +172,7 @@ class Engine:
             )
             for start in range(0, length, max_rows)
         ]
-        return self.run(plans, num_warm=0)
+        return StepTimes(self.run(plans, 0), [])
 
     def mixed(self, rows: int, context: int, prompt: int, num_steps: int) -> StepTimes:
         """Decodes beside the beginning of a prompt."""
@@ -183,39 +187,51 @@ class Engine:
             )
             for step in range(self._num_warm + num_steps)
         ]
-        return self.run(plans, num_warm=self._num_warm)
+        return StepTimes(self.run(plans, self._num_warm), [])
 
     def run(
         self,
         plans: Sequence[StepPlan],
         num_warm: int,
         while_steps: Callable[[int], object] = lambda step: None,
-    ) -> StepTimes:
+    ) -> list[float]:
         """Launch each when the one before it is collected, or launched if the backend runs ahead.
+
+        Args:
+            plans: one step after another.
+            num_warm: of them that are not counted.
+            while_steps: called before each launch, with the number of steps that were counted so far.
+
+        Returns:
+            Seconds of each step.
 
         Raises:
             RuntimeError: logits are not finite.
         """
-        wants = [greedy(plan.logit_rows.size, self._vocab_size) for plan in plans]
-        marks: list[tuple[Any, Any]] = []
+        wants = [self._wants(plan) for plan in plans]
         waiting: list[Pending] = []
         ends_s = [time.perf_counter()]
         for index, (plan, wanted) in enumerate(zip(plans, wants, strict=True)):
             while_steps(index - num_warm)
-            begin = self._mark()
             waiting.append(self.model.forward(plan, self.cache, self.adapters).finish(wanted))
-            marks.append((begin, self._mark()))
             if len(waiting) > self.num_ahead:
                 ends_s.append(_collected(waiting.pop(0)))
         ends_s += [_collected(pending) for pending in waiting]
-        return _times(ends_s[num_warm:], marks[num_warm:] if self._is_cuda else [])
+        return [after - before for before, after in pairwise(ends_s[num_warm:])]
 
-    def _mark(self) -> Any:
-        if not self._is_cuda:
-            return None
-        mark = event()
-        mark.record()
-        return mark
+    def _device_s(self, plan: StepPlan) -> float:
+        """Of a step that the host has launched before the device gets to it."""
+        wanted, begin, end = self._wants(plan), event(), event()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        pending = self.model.forward(plan, self.cache, self.adapters).finish(wanted)
+        end.record()
+        _collected(pending)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _wants(self, plan: StepPlan) -> Wants:
+        return greedy(plan.logit_rows.size, self._vocab_size)
 
 
 def _collected(pending: Pending) -> float:
@@ -224,16 +240,6 @@ def _collected(pending: Pending) -> float:
     if bad:
         raise RuntimeError(f"logits of rows {sorted(bad)} are not finite")
     return time.perf_counter()
-
-
-def _times(ends_s: Sequence[float], marks: Sequence[tuple[Any, Any]]) -> StepTimes:
-    if marks:
-        torch.cuda.synchronize()
-    return StepTimes(
-        [after - before for before, after in pairwise(ends_s)],
-        [begin.elapsed_time(end) / 1000 for begin, end in marks],
-        [end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in pairwise(marks)],
-    )
 
 
 def most_adapters(scale: Scale, model: RandomModel) -> int:
