@@ -134,6 +134,18 @@ def test_a_part_says_once_that_it_is_late(tmp_path: Path) -> None:
     assert len(read(tmp_path, "X").lacks) == 1
 
 
+def test_what_fails_is_kept_and_what_follows_goes_on(tmp_path: Path) -> None:
+    out = Recorder(tmp_path, "X", 60.0)
+    for what in ("one", "two"):
+        with out.going_on(what):
+            raise ValueError(what)
+    out.record("reached")
+    failure = read(tmp_path, "X").failure.splitlines()
+    assert failure[0].startswith("Traceback")
+    assert failure[-2:] == ["one: ValueError('one')", "two: ValueError('two')"]
+    assert out.found.of("reached")
+
+
 def limits(late_s: float) -> dict[str, tuple[float, bool]]:
     """What parts get if all before E together took so much more than their own, and those from E on all they get."""
     left_s, found = BUDGET_S, {}

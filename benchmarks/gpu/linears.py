@@ -102,8 +102,9 @@ def run(out: Recorder, scale: Scale) -> None:
         for rows in scale.linear_rows:
             if out.is_late:
                 return
-            _time_peers(bench, peers, rows)
-            _time_own(bench, scale, rows, device)
+            with out.going_on(f"{shape} with {rows} rows"):
+                _time_peers(bench, peers, rows)
+                _time_own(bench, scale, rows, device)
     _time_head(out, scale, device)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ class Found:
         seconds: that it took.
         records: (what, figures) in their order.
         lacks: what it could not do, and why.
-        failure: the traceback that ended it; empty for none.
+        failure: the traceback of what failed first, and the errors of what failed later; empty for none.
     """
 
     part: str
@@ -107,6 +109,23 @@ class Recorder:
         """Keep what is not done, and why."""
         self.found.lacks.append(what)
         self._say(f"left out: {what}")
+        self.write()
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Whatever fails within is kept as a failure, and what follows goes on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - others go on
+            self.fail(f"{what}: {error!r}")
+
+    def fail(self, what: str) -> None:
+        """Keep the exception being handled as a failure."""
+        if not self.found.failure:
+            print(traceback.format_exc(), flush=True)
+            self.found.failure = traceback.format_exc()
+        self.found.failure += f"{what}\n"
+        self._say(f"failed: {what}")
         self.write()
 
     def earlier(self, part: str) -> Found:

@@ -7,7 +7,6 @@ import importlib
 import multiprocessing
 import os
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +180,7 @@ def _run_part(part: Part, scale: Scale, directory: Path, limit_s: float, is_shor
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
             out.lacks(f"what needs {error.name}, which is not installed")
         else:
-            out.found.failure = traceback.format_exc()
-            print(out.found.failure, flush=True)
+            out.fail(f"part {part.name}: {error!r}")
     finally:
         out.write()
 

@@ -129,6 +129,11 @@ class Engine:
             self.adapters.place(slot, self.packed)
         self.placed = set(range(1, count + 1))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence of decodes."""
+        return self._decode_blocks * BLOCK
+
     def can_hold(self, rows: int) -> bool:
         """Whether so many sequences fit into the cache."""
         return rows * self._decode_blocks <= self.cache.num_blocks
@@ -180,7 +185,7 @@ class Engine:
             plan_of(
                 [
                     *(Part(row, context + step, context + step + 1) for row in range(rows)),
-                    Part(rows, 0, min(prompt, self._decode_blocks * BLOCK)),
+                    Part(rows, 0, prompt),
                 ],
                 self._decode_blocks,
                 self._vocab_size,

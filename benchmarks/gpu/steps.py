@@ -42,11 +42,9 @@ def run(out: Recorder, scale: Scale) -> None:
         context=scale.step_context,
     )
     _steps_of(out, scale, "strict", open_strict, model)
-    _free(scale)
     # Adapters take turns there: one number of them shows what they cost.
     fewer = replace(scale, step_adapters=(0, 8)) if scale.is_gpu else scale
     _steps_of(out, fewer, "fast", open_fast, model)
-    _free(scale)
     if not scale.is_gpu:
         out.lacks("steps with graphs and without: on a CPU there are none")
         return
@@ -54,16 +52,19 @@ def run(out: Recorder, scale: Scale) -> None:
     _steps_of(out, few, "strict, launched", open_launched, model)
 
 
-def _free(scale: Scale) -> None:
-    gc.collect()
-    if scale.is_gpu:
-        torch.cuda.empty_cache()
-
-
 Opener = Callable[[Scale, RandomModel], Backend]
 
 
 def _steps_of(out: Recorder, scale: Scale, name: str, opener: Opener, model: RandomModel) -> None:
+    """Another backend's memory is given back first."""
+    gc.collect()
+    if scale.is_gpu:
+        torch.cuda.empty_cache()
+    with out.going_on(name):
+        _measure(out, scale, name, opener, model)
+
+
+def _measure(out: Recorder, scale: Scale, name: str, opener: Opener, model: RandomModel) -> None:
     most = most_adapters(scale, model)
     engine = None if out.is_late else _opened(out, scale, name, opener, model, most)
     if engine is None:
@@ -136,7 +137,7 @@ def _loaded(out: Recorder, scale: Scale, name: str, engine: Engine, most: int) -
 
 
 def _mixed(out: Recorder, scale: Scale, name: str, engine: Engine) -> None:
-    rows, prompt = min(32, max(scale.decode_rows)), scale.step_prompts[0]
+    rows, prompt = min(32, max(scale.decode_rows)), min(scale.step_prompts[0], engine.longest)
     if out.is_late or not engine.can_hold(rows + 1):
         return
     times = engine.mixed(rows, scale.step_context, prompt, scale.num_steps)
