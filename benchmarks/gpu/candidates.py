@@ -82,23 +82,28 @@ def families(shape: Shape, *, is_tiny: bool) -> list[tuple[int, int]]:
 def nf4_candidates(
     shape: Shape, family: tuple[int, int], sm: int, *, is_tiny: bool = False
 ) -> Iterator[Candidate]:
-    """Those of each bucket: the rule's tiles, and the same with other lookups of codes, stages, warps and sizes."""
+    """Those of each bucket: the rule's tiles, and the same with other lookups of codes and stages.
+
+    With the usual way to cut K also those with other warps and sizes.
+    """
     usual = tiles_for(sm, *shape).nf4
+    has_more = not is_tiny and family == families(shape, is_tiny=True)[0]
     for bucket in ROW_BUCKETS[:2] if is_tiny else ROW_BUCKETS:
         tile = usual[bucket]
         others = [
             replace(tile, num_stages=3, gathers=False),
             replace(tile, num_stages=1, gathers=False),
-            *(() if is_tiny else _larger(tile)),
+            *(_larger(tile) if has_more else ()),
         ]
         for each in dict.fromkeys((tile, *others)):
             yield Candidate(shape, *family, bucket, each)
 
 
 def dense_candidates(shape: Shape, family: tuple[int, int], sm: int) -> Iterator[Candidate]:
-    """Those of bfloat16, by the rule."""
+    """Those of bfloat16, by the rule; with other ways to cut K only for the many rows that weights are decoded for."""
     usual = tiles_for(sm, *shape).dense
-    for bucket in ROW_BUCKETS:
+    is_usual = family == families(shape, is_tiny=True)[0]
+    for bucket in ROW_BUCKETS if is_usual else ROW_BUCKETS[-2:]:
         tile = usual[bucket]
         if family[1] > 1 and tile.rows > 128:
             tile = replace(tile, rows=128)  # a second sum leaves no registers for the widest instruction

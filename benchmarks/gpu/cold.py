@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.model import adapter_bytes, make_model
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import Scale
-from benchmarks.gpu.stepping import BACKENDS, Engine, most_adapters
+from benchmarks.gpu.stepping import Engine, most_adapters, open_strict
 
 _LOADS = 5
 _BETWEEN_S = 0.02
@@ -24,7 +24,7 @@ def run(out: Recorder, scale: Scale) -> None:
     most = most_adapters(scale, model)
     rows = min(scale.num_streams, most - 1)
     scale = replace(scale, decode_rows=(rows,))
-    engine = Engine(BACKENDS["strict"](scale, model), model, scale, most)
+    engine = Engine(open_strict(scale, model), model, scale, most)
     engine.place(rows)
     num_steps = 4 * scale.num_steps if scale.is_gpu else scale.num_steps
     alone = engine.decode(rows, scale.step_context, num_steps, rows)

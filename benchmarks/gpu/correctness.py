@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections.abc import Iterable
 
 import torch
 
-from benchmarks.gpu.candidates import Candidate, dense_candidates, families, nf4_candidates, sm_of
+from benchmarks.gpu.candidates import dense_candidates, families, nf4_candidates, sm_of
 from benchmarks.gpu.checks.adapters import check_bottlenecks, check_deltas, check_ends
 from benchmarks.gpu.checks.check import Checks, Place
 from benchmarks.gpu.checks.choosing import check_choosing
 from benchmarks.gpu.checks.linears import check_activations, check_dequantized, check_linears
 from benchmarks.gpu.checks.mixing import check_attention, check_cache, check_norms, check_rotation
-from benchmarks.gpu.compiling import Job, compile_all
+from benchmarks.gpu.compiling import Job, StepJob, compile_all
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import LLAMA_8B, Scale
+from manyhats.engine.backends.cuda.linear_tiles import DECODED_ROWS, tiles_for
 
 _CHECKS: tuple[Checks, ...] = (
     check_linears,
@@ -74,7 +76,7 @@ def _compile(out: Recorder, scale: Scale, sm: int) -> None:
             os.environ["TRITON_INTERPRET"] = interprets
     failed = [each for each in done if each.failure]
     for each in failed:
-        out.record("not compiled", candidate=each.job.candidate.key, failure=each.failure)
+        out.record("not compiled", job=str(each.job), failure=each.failure)
     seconds = time.perf_counter() - began_s
     out.record("compiled", sm=sm, jobs=len(jobs), done=len(done) - len(failed), seconds=seconds)
     if len(done) < len(jobs):
@@ -83,23 +85,33 @@ def _compile(out: Recorder, scale: Scale, sm: int) -> None:
         )
 
 
-def jobs_of(scale: Scale, sm: int) -> list[Job]:
-    """One for each kernel that later parts launch; under ``--cpu``, a few of a GPU's."""
-    shapes = sorted(set(LLAMA_8B.distinct_linears.values()))
+def jobs_of(scale: Scale, sm: int) -> list[Job | StepJob]:
+    """One for each kernel that later parts launch; under ``--cpu``, one of a GPU's."""
+    steps = [StepJob(LLAMA_8B, 2, 1), StepJob(LLAMA_8B, DECODED_ROWS + 64, 0)]
+    products: list[Job | StepJob] = list(_products(sm))
+    return [*steps, *products] if scale.is_gpu else products[-1:]
+
+
+def _products(sm: int) -> Iterable[Job]:
     jobs: dict[tuple[object, ...], Job] = {}
-    for shape in shapes:
-        for index, family in enumerate(families(shape, is_tiny=False)):
-            both = (False, True) if index == 0 else (False,)
-            for candidate in nf4_candidates(shape, family, sm):
-                for is_flat in both:
-                    jobs.setdefault(_compiled_as(candidate, is_flat), Job(candidate, is_flat))
-            for candidate in dense_candidates(shape, family, sm):
-                jobs.setdefault(_compiled_as(candidate, False), Job(candidate))
-    found = list(jobs.values())
-    return found if scale.is_gpu else found[:: len(found) // 2][:2]
+
+    def add(job: Job) -> None:
+        # Any number of rows and outputs have the same kernel.
+        _, *others = job.candidate.key
+        del others[_BUCKET]
+        jobs.setdefault((job.is_flat, job.is_rounded, *others), job)
+
+    for shape in sorted(set(LLAMA_8B.distinct_linears.values())):
+        usual, *others = families(shape, is_tiny=False)
+        for family in (usual, *others):
+            for candidate in (*nf4_candidates(shape, family, sm), *dense_candidates(shape, family, sm)):
+                add(Job(candidate))
+        for candidate in nf4_candidates(shape, usual, sm):
+            add(Job(candidate, is_flat=True))
+            if candidate.tile == tiles_for(sm, *shape).nf4[candidate.bucket]:
+                add(Job(candidate, is_rounded=True))
+    return jobs.values()
 
 
-def _compiled_as(candidate: Candidate, is_flat: bool) -> tuple[object, ...]:
-    """What one compiled kernel serves: any number of rows and outputs."""
-    _, *others = candidate.key
-    return (is_flat, *(each for index, each in enumerate(others) if index != 3))
+_BUCKET = 3
+"""Its place in a key behind the first size."""

@@ -35,7 +35,7 @@ from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 
 _FEW_CALLS, _MANY_ROWS = 3, 512
 """Products that are timed together, from so many rows on."""
-_MOST_COPIES = 32
+_MOST_COPIES = 64
 _FEW_ROWS = (1, 16, 64)
 """Numbers of rows for which K is also cut in other ways than the default."""
 
@@ -102,8 +102,9 @@ def run(out: Recorder, scale: Scale) -> None:
         for rows in scale.linear_rows:
             if out.is_late:
                 return
-            _time_peers(bench, peers, rows)
-            _time_own(bench, scale, rows, device)
+            with out.going_on(f"{shape} with {rows} rows"):
+                _time_peers(bench, peers, rows)
+                _time_own(bench, scale, rows, device)
     _time_head(out, scale, device)
 
 
@@ -140,11 +141,11 @@ def _time_own(bench: Bench, scale: Scale, rows: int, device: torch.device) -> No
             return
         times[candidate] = _time(bench, candidate, x, y, bench.copies, "nested")
         _time(bench, candidate, x, y, bench.flat, "plain")
-    for block_k, splits in others:
-        for candidate in sorted(times, key=times.__getitem__)[:_BEST]:
-            if bench.out.is_late:
-                return
-            cut = replace(candidate, block_k=block_k, splits=splits)
+    for family in others:
+        there = {each.tile for each in nf4_candidates(bench.shape, family, sm, is_tiny=is_tiny)}
+        fastest = sorted((each for each in times if each.tile in there), key=times.__getitem__)
+        for candidate in fastest[:_BEST]:
+            cut = replace(candidate, block_k=family[0], splits=family[1])
             _time(bench, cut, x, y, bench.copies, "nested")
     if rows >= _DECODING_FROM:
         for family in (usual, *others):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.gpu.record import Found
+from manyhats.engine.backends.cuda.linear_tiles import RowTiles, tiles_for
 
 Key = tuple[Any, ...]
 """Of a candidate: shape, how K is cut, bucket, whether it is dense, and the tile."""
 _BUCKET, _IS_DENSE, _TILE = 4, 5, 6
-_TILE_FIELDS = ("rows", "weights", "num_warps", "num_stages")
 _NEVER = 1 << 30
 
 
@@ -125,34 +125,45 @@ _NOTHING = "# Nothing was measured on a GPU, so there is nothing for MEASURED.\n
 def source(sm: int, found: Sequence[Chosen]) -> str:
     """Python for ``linear_tiles.MEASURED``; buckets that were not measured have the rule's tiles."""
     entries = "".join(_entry(sm, each) for each in found)
-    return (
-        "# Entries for linear_tiles.MEASURED. Buckets that were not measured have the rule's tiles.\n"
-        "MEASURED: Mapping[tuple[int, int, int], LinearTiles] = {\n"
-        f"{entries}"
-        "}\n"
-    )
+    return f"MEASURED: Mapping[tuple[int, int, int], LinearTiles] = {{\n{entries}}}\n"
 
 
 def _entry(sm: int, each: Chosen) -> str:
-    usual = f"tiles_for({sm}, {each.shape[0]}, {each.shape[1]}, {{}})"
+    usual = tiles_for(sm, *each.shape, {})
+    nf4 = {**usual.nf4, **_row_tiles(each.nf4)}
+    dense = {**_rounded_down(usual.dense, each.splits), **_row_tiles(each.dense)}
     return (
         f"    ({sm}, {each.shape[0]}, {each.shape[1]}): LinearTiles(\n"
         f"        block_k={each.block_k},\n"
         f"        splits={each.splits},\n"
-        f"        nf4={{**{usual}.nf4, {_by_bucket(each.nf4)}}},\n"
-        f"        dense={{**{usual}.dense, {_by_bucket(each.dense)}}},\n"
+        f"        nf4={{\n{_by_bucket(nf4)}        }},\n"
+        f"        dense={{\n{_by_bucket(dense)}        }},\n"
         f"        decoded_rows={each.decoded_rows},\n"
         "    ),\n"
     )
 
 
-def _by_bucket(tiles: Mapping[int, Sequence[Any]]) -> str:
-    return ", ".join(f"{bucket}: {_tile(tile)}" for bucket, tile in tiles.items())
+def _row_tiles(tiles: Mapping[int, Sequence[Any]]) -> dict[int, RowTiles]:
+    """From what keys have."""
+    return {
+        bucket: RowTiles(rows, weights, warps, stages, is_split=is_split, gathers=gathers)
+        for bucket, (rows, weights, warps, stages, is_split, gathers) in tiles.items()
+    }
 
 
-def _tile(tile: Sequence[Any]) -> str:
-    *sizes, is_split, gathers = tile
-    fields = [str(size) for size in sizes]
-    fields += [] if not is_split else ["is_split=True"]
-    fields += [] if gathers else ["gathers=False"]
+def _rounded_down(tiles: Mapping[int, RowTiles], splits: int) -> Mapping[int, RowTiles]:
+    """With a second sum, of the ranges' own, there are no registers for the widest instruction."""
+    if splits == 1:
+        return tiles
+    return {bucket: replace(tile, rows=min(tile.rows, 128)) for bucket, tile in tiles.items()}
+
+
+def _by_bucket(tiles: Mapping[int, RowTiles]) -> str:
+    return "".join(f"            {bucket}: {_shown(tile)},\n" for bucket, tile in sorted(tiles.items()))
+
+
+def _shown(tile: RowTiles) -> str:
+    fields = [str(size) for size in (tile.rows, tile.weights, tile.num_warps, tile.num_stages)]
+    fields += ["is_split=True"] if tile.is_split else []
+    fields += [] if tile.gathers else ["gathers=False"]
     return f"RowTiles({', '.join(fields)})"

@@ -36,14 +36,17 @@ def run(out: Recorder, scale: Scale) -> None:
     attention = _architecture(scale.shape, 1).attention
     timer = Timer(device, scale.repeats)
     for rows, length in scale.contexts:
-        _attention(out, scale, timer, attention, [length] * rows, 1)
+        with out.going_on(f"attention of {rows} × {length}"):
+            _attention(out, scale, timer, attention, [length] * rows, 1)
     for length in scale.prefills:
-        _attention(out, scale, timer, attention, [length], length)
+        with out.going_on(f"attention of a prompt of {length}"):
+            _attention(out, scale, timer, attention, [length], length)
     for rank in scale.ranks:
         for count in scale.adapter_counts:
             if out.is_late:
                 return
-            _deltas(out, scale, timer, count, rank)
+            with out.going_on(f"deltas of {count} adapters of rank {rank}"):
+                _deltas(out, scale, timer, count, rank)
 
 
 def _architecture(shape: Shape, num_layers: int) -> Architecture:

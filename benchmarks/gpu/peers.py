@@ -38,10 +38,10 @@ def run(out: Recorder, scale: Scale) -> None:
     except ImportError as error:
         out.lacks(f"PEFT: {error}")
         return
-    if not out.is_late:
-        _switched(out, model, prompts, scale)
-    if not out.is_late:
-        _mixed(out, model, prompts, scale)
+    for measure in (_switched, _mixed):
+        if not out.is_late:
+            with out.going_on(f"PEFT: {measure.__name__}"):
+                measure(out, model, prompts, scale)
 
 
 class _Prompts:

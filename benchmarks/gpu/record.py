@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ class Found:
         seconds: that it took.
         records: (what, figures) in their order.
         lacks: what it could not do, and why.
-        failure: the traceback that ended it; empty for none.
+        failure: the traceback of what failed first, and the errors of what failed later; empty for none.
     """
 
     part: str
@@ -90,9 +93,14 @@ class Recorder:
             self.lacks(f"all that would have followed after {self.limit_s:.0f} s")
         return is_late
 
+    @property
+    def left_s(self) -> float:
+        """Until it should end; at least a little."""
+        return max(0.1, self.limit_s - (time.perf_counter() - self._began_s))
+
     def record(self, what: str, **figures: Any) -> None:
         """Keep figures."""
-        self.found.records.append((what, figures))
+        self.found.records.append((what, {name: _plain(value) for name, value in figures.items()}))
         self._say(f"{what}: " + ", ".join(f"{name} {_shown(value)}" for name, value in figures.items()))
         if time.perf_counter() - self._written_s > _WRITE_S:
             self.write()
@@ -101,6 +109,23 @@ class Recorder:
         """Keep what is not done, and why."""
         self.found.lacks.append(what)
         self._say(f"left out: {what}")
+        self.write()
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Whatever fails within is kept as a failure, and what follows goes on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - others go on
+            self.fail(f"{what}: {error!r}")
+
+    def fail(self, what: str) -> None:
+        """Keep the exception being handled as a failure."""
+        if not self.found.failure:
+            print(traceback.format_exc(), flush=True)
+            self.found.failure = traceback.format_exc()
+        self.found.failure += f"{what}\n"
+        self._say(f"failed: {what}")
         self.write()
 
     def earlier(self, part: str) -> Found:
@@ -123,6 +148,11 @@ def write(directory: Path, found: Found) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(asdict(found), indent=1) + "\n")
     new.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no number for, by its name."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: object) -> str:

@@ -32,12 +32,14 @@ _PROBES = 3
 def run(out: Recorder, scale: Scale) -> None:
     """Attention, then linears, the larger ones last."""
     device = torch.device(scale.device)
-    _attention(out, scale, device)
+    with out.going_on("attention"):
+        _attention(out, scale, device)
     shapes = sorted(set(scale.shape.distinct_linears.values()), key=lambda shape: shape[0] * shape[1])
     for shape in shapes if scale.is_gpu else shapes[:1]:
         if out.is_late:
             return
-        _linears(out, scale, shape, device)
+        with out.going_on(f"linears of {shape}"):
+            _linears(out, scale, shape, device)
 
 
 def _linears(out: Recorder, scale: Scale, shape: tuple[int, int], device: torch.device) -> None:

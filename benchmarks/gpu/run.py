@@ -7,14 +7,13 @@ import importlib
 import multiprocessing
 import os
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.goals import table
 from benchmarks.gpu.measured import write_configuration
-from benchmarks.gpu.record import Recorder, read, write
+from benchmarks.gpu.record import Recorder, path_of, read, write
 from benchmarks.gpu.scale import CPU, GPU, Scale
 
 _END_S = 20.0
@@ -28,7 +27,7 @@ class Part:
 
     Attributes:
         name: as ``--only`` has it.
-        module: whose ``run`` it is.
+        module: whose ``run`` it is, given a ``Recorder`` and a ``Scale``.
         seconds: that it may take, of a budget of ``BUDGET_S``.
         title: what it answers.
     """
@@ -40,16 +39,16 @@ class Part:
 
 
 PARTS = (
-    Part("0", "ceilings", 15, "versions, card, and what it could do at most"),
-    Part("A", "correctness", 70, "are the kernels right, and do they compile"),
-    Part("B", "row_bits", 50, "does a row keep its bits among any others"),
-    Part("C", "linears", 85, "linears in NF4, beside bitsandbytes"),
-    Part("D", "mixing", 40, "attention beside torch's, adapters beside products row by row"),
-    Part("E", "steps", 90, "steps of the engine"),
-    Part("F", "peers", 60, "transformers with bitsandbytes, and PEFT"),
-    Part("G", "cold", 20, "an adapter loaded while others decode"),
-    Part("H", "sanitizer", 15, "memory and races, by compute-sanitizer"),
-    Part("T", "training", 25, "steps of QLoRA"),
+    Part("0", "benchmarks.gpu.ceilings", 15, "versions, card, and what it could do at most"),
+    Part("A", "benchmarks.gpu.correctness", 70, "are the kernels right, and do they compile"),
+    Part("B", "benchmarks.gpu.row_bits", 45, "does a row keep its bits among any others"),
+    Part("C", "benchmarks.gpu.linears", 80, "linears in NF4, beside bitsandbytes"),
+    Part("D", "benchmarks.gpu.mixing", 35, "attention beside torch's, deltas beside products row by row"),
+    Part("E", "benchmarks.gpu.steps", 90, "steps of the engine"),
+    Part("F", "benchmarks.gpu.peers", 50, "transformers with bitsandbytes, and PEFT"),
+    Part("G", "benchmarks.gpu.cold", 20, "an adapter loaded while others decode"),
+    Part("H", "benchmarks.gpu.sanitizer", 40, "memory and races, by compute-sanitizer"),
+    Part("T", "benchmarks.gpu.training", 25, "steps of QLoRA"),
 )
 BUDGET_S = sum(part.seconds for part in PARTS)
 _SHORTENED, _CUT = "E", "F"
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cpu:
         os.environ["TRITON_INTERPRET"] = "1"
     parts = [part for part in PARTS if part.name in options.only]
-    _run_parts(parts, scale, options.out, options.budget)
+    run_parts(parts, scale, options.out, options.budget)
     found = {part.name: read(options.out, part.name) for part in parts}
     write_configuration(options.out, found)
     print(table(found, is_measured=scale.is_gpu))
@@ -101,67 +100,87 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run_parts(parts: Sequence[Part], scale: Scale, directory: Path, budget_s: float) -> None:
+def run_parts(
+    parts: Sequence[Part],
+    scale: Scale,
+    directory: Path,
+    budget_s: float,
+    *,
+    preload: str = _PRELOAD,
+    end_s: float = _END_S,
+) -> None:
+    """Run them one after another; one that fails, hangs or dies ends alone.
+
+    Args:
+        parts: what to run.
+        scale: on what.
+        directory: where each leaves its file.
+        budget_s: for all of them.
+        preload: a module that is imported once for all.
+        end_s: that a part has beyond its limit to come to an end by itself.
+    """
     began_s = time.perf_counter()
+    scaled = budget_s / sum(part.seconds for part in parts)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOAD])  # once for all parts; none sees another one's failures
+    context.set_forkserver_preload([preload])
     for index, part in enumerate(parts):
-        (directory / f"{part.name}.json").unlink(missing_ok=True)
+        path_of(directory, part.name).unlink(missing_ok=True)
         left_s = budget_s - (time.perf_counter() - began_s)
-        limit_s, is_short = limit_of(part, parts[index + 1 :], left_s, budget_s)
+        limit_s, is_short = limit_of(part, parts[index + 1 :], left_s, scaled)
         if limit_s <= 0:
             Recorder(directory, part.name, 0).lacks("all of it: the budget is spent")
             continue
         print(f"{part.name}  {part.title}; up to {limit_s:.0f} s", flush=True)
-        process = context.Process(
-            target=_run_part, args=(part, scale, directory, limit_s, is_short), daemon=False
-        )
+        process = context.Process(target=_run_part, args=(part, scale, directory, limit_s, is_short))
         process.start()
-        process.join(limit_s + _END_S)
-        _end(process, directory, part, limit_s)
+        process.join(limit_s + end_s)
+        _end(process, directory, part, f"killed {end_s:.0f} s after its limit of {limit_s:.0f} s")
 
 
-def limit_of(part: Part, after: Sequence[Part], left_s: float, budget_s: float) -> tuple[float, bool]:
+def limit_of(part: Part, after: Sequence[Part], left_s: float, scale: float) -> tuple[float, bool]:
     """Seconds that a part gets of what is left, and whether it is to be short.
 
-    Those that follow keep theirs: what is missing is taken from part E first, then from F, then from what comes last.
+    What earlier parts left over is a part's own; what they took too much is taken from part E, then from F, so that
+    others keep what they need.
+
+    Args:
+        part: which is next.
+        after: those that follow.
+        left_s: of the budget.
+        scale: the budget over what all parts of the run need.
     """
-    scaled = min(1.0, budget_s / BUDGET_S)
-    own_s, reserved_s = part.seconds * scaled, sum(each.seconds for each in after) * scaled
-    spare_s = left_s - reserved_s
+    own_s = part.seconds * scale
+    spare_s = left_s - scale * sum(each.seconds for each in after)
     if part.name == _SHORTENED:
-        return max(min(left_s, own_s / 3), min(own_s, spare_s)), spare_s < own_s
+        return max(min(left_s, own_s / 3), spare_s), spare_s < own_s
     if part.name == _CUT:
-        return max(0.0, min(own_s, spare_s)), False
-    return max(0.0, min(own_s, left_s)), False
+        return max(0.0, spare_s), False
+    return max(0.0, min(left_s, own_s), spare_s), False
 
 
-def _end(process: multiprocessing.process.BaseProcess, directory: Path, part: Part, limit_s: float) -> None:
+def _end(process: multiprocessing.process.BaseProcess, directory: Path, part: Part, if_alive: str) -> None:
     """See that the process is gone, and that its file says so if it did not end by itself."""
-    failure = ""
+    failure = if_alive if process.is_alive() else f"its process ended with {process.exitcode}"
     if process.is_alive():
         process.kill()
         process.join()
-        failure = f"killed: it did not end {_END_S:.0f} s after its limit of {limit_s:.0f} s"
-    elif process.exitcode:
-        failure = f"its process ended with {process.exitcode}"
+    elif process.exitcode == 0:
+        return
     found = read(directory, part.name)
-    if failure and not found.failure:
-        found.failure = failure
-        write(directory, found)
+    found.failure = found.failure or failure
+    write(directory, found)
 
 
 def _run_part(part: Part, scale: Scale, directory: Path, limit_s: float, is_short: bool) -> None:
     """In the part's own process."""
     out = Recorder(directory, part.name, limit_s, is_short=is_short)
     try:
-        importlib.import_module(f"benchmarks.gpu.{part.module}").run(out, scale)
+        importlib.import_module(part.module).run(out, scale)
     except Exception as error:  # noqa: BLE001 - whatever ends one part, the others go on
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
             out.lacks(f"what needs {error.name}, which is not installed")
         else:
-            out.found.failure = traceback.format_exc()
-            print(out.found.failure, flush=True)
+            out.fail(f"part {part.name}: {error!r}")
     finally:
         out.write()
 

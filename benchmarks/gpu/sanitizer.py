@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.gpu.record import Recorder
@@ -26,7 +27,8 @@ def run(out: Recorder, scale: Scale) -> None:
         out.lacks("all of it: compute-sanitizer is not installed (it is part of the CUDA toolkit)")
         return
     # Without the tool first: the kernels are then compiled.
-    subprocess.run(_command(), capture_output=True, check=False, timeout=out.limit_s)
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(_command(), capture_output=True, check=False, timeout=out.left_s)
     for tool in _TOOLS:
         if out.is_late:
             return
@@ -45,10 +47,11 @@ def _command() -> list[str]:
 def _watch(out: Recorder, program: str, tool: str) -> None:
     began_s = time.perf_counter()
     command = [program, "--tool", tool, "--error-exitcode", "86", *_command()]
+    left_s = out.left_s
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=out.limit_s)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
     except subprocess.TimeoutExpired:
-        out.lacks(f"{tool}: not done after {out.limit_s:.0f} s")
+        out.lacks(f"{tool}: not done after {left_s:.0f} s")
         return
     seconds, said = time.perf_counter() - began_s, (done.stdout + done.stderr)[-_TOLD:]
     if done.returncode not in (0, 86):

@@ -84,7 +84,7 @@ class Scale:
         step_adapters: distinct adapters in them.
         step_context: positions behind which they decode.
         num_steps: decode steps of one measurement.
-        num_warm: steps before them.
+        num_warm: steps before them; a GPU's second one of a kind is recorded as a graph.
         step_prompts: lengths of prompts.
         max_rows: of a step.
         rank: of the engine's adapters, on all linears.
@@ -146,7 +146,7 @@ GPU = Scale(
     step_adapters=(0, 1, 8, 32, 64),
     step_context=512,
     num_steps=12,
-    num_warm=2,
+    num_warm=3,
     step_prompts=(512, 2048, 8192),
     max_rows=2048,
     rank=16,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.model import RandomModel, adapter_bytes, random_lora
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.timing import event
-from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.backend import Backend, Pending
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import Ints, StepPlan, int32
 from manyhats.engine.backends.wants import NO_TARGETS, Wants
@@ -23,6 +23,9 @@ from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of
 
 BLOCK = 16
+_HIDDEN_STEPS = 3
+_SLEEP_CYCLES = 100_000_000
+"""Some 50 ms, in which the host launches a step."""
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -68,13 +71,11 @@ class StepTimes:
 
     Attributes:
         step_s: from the end of one step to the end of the next, by the host's clock, in their order.
-        device_s: from a step's first launch to its last kernel's end, by events; empty on the CPU.
-        gap_s: from the end of a step's last kernel to the next step's first launch; likewise.
+        device_s: what the device alone takes for such a step; empty where that was not measured.
     """
 
     step_s: list[float]
     device_s: list[float]
-    gap_s: list[float]
 
     @property
     def median_s(self) -> float:
@@ -83,8 +84,8 @@ class StepTimes:
 
     @property
     def host_share(self) -> float | None:
-        """Of a step, how much the device waits for the host between two of them; None on the CPU."""
-        return median(self.gap_s) / self.median_s if self.gap_s else None
+        """Of a step, how much the device waits for the host; None where that was not measured."""
+        return 1 - median(self.device_s) / self.median_s if self.device_s else None
 
 
 class Engine:
@@ -95,6 +96,9 @@ class Engine:
         model: laid out on it.
         scale: how many sequences there may be, how long, and their adapters.
         num_slots: for adapters, besides the base.
+
+    Attributes:
+        num_ahead: steps that are launched before the one before them is collected: 1 if the backend runs ahead.
     """
 
     def __init__(self, backend: Backend, model: RandomModel, scale: Scale, num_slots: int) -> None:
@@ -102,14 +106,16 @@ class Engine:
         self._vocab_size = architecture.vocab_size
         self._is_cuda = scale.is_gpu
         self._num_warm = scale.num_warm
+        self.num_ahead = int(getattr(backend, "runs_ahead", False))
         self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
         self.model = backend.prepare(architecture, model.weights)
+        left = _left(scale, num_slots * adapter_bytes(architecture, scale.rank))
         self.adapters = backend.new_adapters(architecture, num_slots + 1, "bfloat16")
         num_blocks = max(
             (max(scale.decode_rows) + 1) * self._decode_blocks, -(-max(scale.step_prompts) // BLOCK)
         )
         wanted = num_blocks * BLOCK * architecture.kv_bytes_per_token("bfloat16")
-        num_bytes = min(wanted, _left(scale, num_slots * adapter_bytes(architecture, scale.rank)))
+        num_bytes = min(wanted, left)
         self.cache = backend.new_cache(architecture, BLOCK, "bfloat16", num_bytes)
         # One adapter in many slots: each has its own memory, and what is in it changes no time.
         self.packed = self.adapters.pack(random_lora(architecture, scale.rank, "random"))
@@ -122,6 +128,11 @@ class Engine:
         for slot in sorted(set(range(1, count + 1)) - self.placed):
             self.adapters.place(slot, self.packed)
         self.placed = set(range(1, count + 1))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence of decodes."""
+        return self._decode_blocks * BLOCK
 
     def can_hold(self, rows: int) -> bool:
         """Whether so many sequences fit into the cache."""
@@ -146,9 +157,15 @@ class Engine:
                 self._decode_blocks,
                 self._vocab_size,
             )
-            for step in range(self._num_warm + num_steps)
+            for step in range(self._num_warm + num_steps + _HIDDEN_STEPS)
         ]
-        return self.run(plans, num_warm=self._num_warm, while_steps=while_steps)
+        hidden = plans[-_HIDDEN_STEPS:] if self._is_cuda else []
+        del plans[-_HIDDEN_STEPS:]
+        if self.num_ahead:  # the token that the step before chooses
+            chosen = int32(-1 - np.arange(rows))
+            plans[1:] = [replace(plan, token_ids=chosen) for plan in plans[1:]]
+        step_s = self.run(plans, self._num_warm, while_steps)
+        return StepTimes(step_s, [self._device_s(plan) for plan in hidden])
 
     def prefill(self, length: int, max_rows: int) -> StepTimes:
         """One prompt, in steps of at most so many rows."""
@@ -160,7 +177,7 @@ class Engine:
             )
             for start in range(0, length, max_rows)
         ]
-        return self.run(plans, num_warm=0)
+        return StepTimes(self.run(plans, 0), [])
 
     def mixed(self, rows: int, context: int, prompt: int, num_steps: int) -> StepTimes:
         """Decodes beside the beginning of a prompt."""
@@ -168,58 +185,66 @@ class Engine:
             plan_of(
                 [
                     *(Part(row, context + step, context + step + 1) for row in range(rows)),
-                    Part(rows, 0, min(prompt, self._decode_blocks * BLOCK)),
+                    Part(rows, 0, prompt),
                 ],
                 self._decode_blocks,
                 self._vocab_size,
             )
             for step in range(self._num_warm + num_steps)
         ]
-        return self.run(plans, num_warm=self._num_warm)
+        return StepTimes(self.run(plans, self._num_warm), [])
 
     def run(
         self,
         plans: Sequence[StepPlan],
         num_warm: int,
         while_steps: Callable[[int], object] = lambda step: None,
-    ) -> StepTimes:
-        """Launch each when the one before it is collected.
+    ) -> list[float]:
+        """Launch each when the one before it is collected, or launched if the backend runs ahead.
+
+        Args:
+            plans: one step after another.
+            num_warm: of them that are not counted.
+            while_steps: called before each launch, with the number of steps that were counted so far.
+
+        Returns:
+            Seconds of each step.
 
         Raises:
             RuntimeError: logits are not finite.
         """
-        wants = [greedy(plan.logit_rows.size, self._vocab_size) for plan in plans]
-        marks: list[tuple[Any, Any]] = []
+        wants = [self._wants(plan) for plan in plans]
+        waiting: list[Pending] = []
         ends_s = [time.perf_counter()]
         for index, (plan, wanted) in enumerate(zip(plans, wants, strict=True)):
-            if index == num_warm:
-                marks, ends_s = [], [time.perf_counter()]
             while_steps(index - num_warm)
-            begin = self._mark()
-            pending = self.model.forward(plan, self.cache, self.adapters).finish(wanted)
-            marks.append((begin, self._mark()))
-            outcome = pending.result()
-            ends_s.append(time.perf_counter())
-            if outcome.bad_rows:
-                raise RuntimeError(f"step {index}: logits of rows {sorted(outcome.bad_rows)} are not finite")
-        return _times(ends_s, marks if self._is_cuda else [])
+            waiting.append(self.model.forward(plan, self.cache, self.adapters).finish(wanted))
+            if len(waiting) > self.num_ahead:
+                ends_s.append(_collected(waiting.pop(0)))
+        ends_s += [_collected(pending) for pending in waiting]
+        return [after - before for before, after in pairwise(ends_s[num_warm:])]
 
-    def _mark(self) -> Any:
-        if not self._is_cuda:
-            return None
-        mark = event()
-        mark.record()
-        return mark
+    def _device_s(self, plan: StepPlan) -> float:
+        """Of a step that the host has launched before the device gets to it."""
+        wanted, begin, end = self._wants(plan), event(), event()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        pending = self.model.forward(plan, self.cache, self.adapters).finish(wanted)
+        end.record()
+        _collected(pending)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _wants(self, plan: StepPlan) -> Wants:
+        return greedy(plan.logit_rows.size, self._vocab_size)
 
 
-def _times(ends_s: Sequence[float], marks: Sequence[tuple[Any, Any]]) -> StepTimes:
-    if marks:
-        torch.cuda.synchronize()
-    return StepTimes(
-        [after - before for before, after in pairwise(ends_s)],
-        [begin.elapsed_time(end) / 1000 for begin, end in marks],
-        [end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in pairwise(marks)],
-    )
+def _collected(pending: Pending) -> float:
+    """When it is."""
+    bad = pending.result().bad_rows
+    if bad:
+        raise RuntimeError(f"logits of rows {sorted(bad)} are not finite")
+    return time.perf_counter()
 
 
 def most_adapters(scale: Scale, model: RandomModel) -> int:
@@ -232,7 +257,7 @@ def most_adapters(scale: Scale, model: RandomModel) -> int:
 
 
 def _left(scale: Scale, for_adapters: int) -> int:
-    """Bytes for the cache; some are left to steps, and to adapters, which may not have theirs yet."""
+    """Bytes for the cache; some are left to steps, and to adapters, which have none yet."""
     if not scale.is_gpu:
         return 1 << 30
     free, _ = torch.cuda.mem_get_info()
@@ -252,10 +277,20 @@ def limits_of(scale: Scale, model: RandomModel) -> Limits:
 
 
 def open_strict(scale: Scale, model: RandomModel) -> Backend:
-    """The engine's own kernels: a row's bits depend on that row alone."""
+    """The engine's own kernels: a row's bits depend on that row alone. On a GPU steps are graphs."""
     from manyhats.engine.backends.cuda.backend import CudaBackend
 
     return CudaBackend(scale.device, limits_of(scale, model))
+
+
+def open_launched(scale: Scale, model: RandomModel) -> Backend:
+    """The same without graphs: what cannot be recorded is launched."""
+    from manyhats.engine.backends.cuda.backend import CudaBackend
+
+    def refuse(launch: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("steps are launched here, to see what graphs save")
+
+    return CudaBackend(scale.device, limits_of(scale, model), refuse)
 
 
 def open_fast(scale: Scale, model: RandomModel) -> Backend:
@@ -263,7 +298,3 @@ def open_fast(scale: Scale, model: RandomModel) -> Backend:
     from manyhats.engine.backends.torch.backend import TorchBackend
 
     return TorchBackend(scale.device, "bfloat16", by_row=False, limits=limits_of(scale, model))
-
-
-BACKENDS: dict[str, Callable[[Scale, RandomModel], Backend]] = {"strict": open_strict, "fast": open_fast}
-"""By what is promised."""

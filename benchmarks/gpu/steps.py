@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,17 @@ import torch
 from benchmarks.gpu.model import RandomModel, adapter_bytes, make_model
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import Scale
-from benchmarks.gpu.stepping import BACKENDS, Engine, StepTimes, most_adapters
+from benchmarks.gpu.stepping import (
+    Engine,
+    StepTimes,
+    most_adapters,
+    open_fast,
+    open_launched,
+    open_strict,
+)
+from manyhats.engine.backends.backend import Backend
 from manyhats.engine.errors import ModelError
+from manyhats.engine.progress import no_progress
 
 _SHORT_ROWS = (1, 32)
 """Sequences that are left if time is short."""
@@ -23,8 +33,7 @@ def run(out: Recorder, scale: Scale) -> None:
     if out.is_short and scale.is_gpu:
         out.lacks(f"other numbers of sequences than {_SHORT_ROWS}: the budget is short")
         scale = replace(scale, decode_rows=_SHORT_ROWS, step_prompts=scale.step_prompts[1:2])
-    device = torch.device(scale.device)
-    model = make_model(scale.shape, device)
+    model = make_model(scale.shape, torch.device(scale.device))
     out.record(
         "model",
         step_bytes=model.step_bytes,
@@ -32,59 +41,88 @@ def run(out: Recorder, scale: Scale) -> None:
         kv_bytes_per_token=model.kv_bytes(1, 1),
         context=scale.step_context,
     )
-    out.lacks("steps as graphs: no backend has them")
-    for name in BACKENDS:
-        if out.is_late:
-            return
-        _steps_of(out, scale, name, model)
-        gc.collect()
-        if scale.is_gpu:
-            torch.cuda.empty_cache()
+    _steps_of(out, scale, "strict", open_strict, model)
+    # Adapters take turns there: one number of them shows what they cost.
+    fewer = replace(scale, step_adapters=(0, 8)) if scale.is_gpu else scale
+    _steps_of(out, fewer, "fast", open_fast, model)
+    if not scale.is_gpu:
+        out.lacks("steps with graphs and without: on a CPU there are none")
+        return
+    few = replace(scale, decode_rows=_SHORT_ROWS, step_adapters=(0, 32), step_prompts=(512,))
+    _steps_of(out, few, "strict, launched", open_launched, model)
 
 
-def _steps_of(out: Recorder, scale: Scale, name: str, model: RandomModel) -> None:
-    engine = _opened(out, scale, name, model)
+Opener = Callable[[Scale, RandomModel], Backend]
+
+
+def _steps_of(out: Recorder, scale: Scale, name: str, opener: Opener, model: RandomModel) -> None:
+    """Another backend's memory is given back first."""
+    gc.collect()
+    if scale.is_gpu:
+        torch.cuda.empty_cache()
+    with out.going_on(name):
+        _measure(out, scale, name, opener, model)
+
+
+def _measure(out: Recorder, scale: Scale, name: str, opener: Opener, model: RandomModel) -> None:
+    most = most_adapters(scale, model)
+    engine = None if out.is_late else _opened(out, scale, name, opener, model, most)
     if engine is None:
         return
-    most = most_adapters(scale, model)
     for rows in scale.decode_rows:
         if not engine.can_hold(rows):
             out.lacks(f"{rows} sequences on {name}: the cache has {engine.cache.num_blocks} blocks")
             continue
         for count in scale.step_adapters:
-            if out.is_late:
-                return
-            if count > min(rows, most):
-                continue
-            engine.place(count)
-            times = engine.decode(rows, scale.step_context, scale.num_steps, count)
-            _record(out, "decode", name, times, rows=rows, adapters=count, tokens=rows)
+            if count <= min(rows, most) and not out.is_late:
+                engine.place(count)
+                times = engine.decode(rows, scale.step_context, scale.num_steps, count)
+                _record(out, "decode", name, times, rows=rows, adapters=count, tokens=rows)
     _loaded(out, scale, name, engine, most)
     for length in scale.step_prompts:
-        if out.is_late:
-            return
-        engine.prefill(length, scale.max_rows)
-        times = engine.prefill(length, scale.max_rows)
-        seconds = sum(times.step_s)
-        out.record("prefill", on=name, length=length, ms=1000 * seconds, tokens_per_s=length / seconds)
+        if not out.is_late:
+            _prefill(out, scale, name, engine, length)
     _mixed(out, scale, name, engine)
 
 
-def _opened(out: Recorder, scale: Scale, name: str, model: RandomModel) -> Engine | None:
-    began_s = time.perf_counter()
+def _opened(
+    out: Recorder, scale: Scale, name: str, opener: Opener, model: RandomModel, most: int
+) -> Engine | None:
+    """With its memory, and warm."""
+    before, began_s = _allocated(scale), time.perf_counter()
     try:
-        engine = Engine(BACKENDS[name](scale, model), model, scale, most_adapters(scale, model))
+        engine = Engine(opener(scale, model), model, scale, most)
     except (ImportError, ModelError) as error:
         out.lacks(f"all of {name}: {error}")
         return None
-    figures = {key: value / 1e6 for key, value in engine.model.num_bytes.items()}
+    laid_out, laid_out_s = _allocated(scale), time.perf_counter()
+    engine.model.warm_up(engine.cache, engine.adapters, 1, no_progress)
     out.record(
         "opened",
         on=name,
-        seconds=time.perf_counter() - began_s,
-        **{f"{key}_mb": value for key, value in figures.items()},
+        steps_ahead=engine.num_ahead,
+        layout_s=laid_out_s - began_s,
+        warm_up_s=time.perf_counter() - laid_out_s,
+        memory_mb=(laid_out - before) / 1e6,
+        warm_up_mb=(_allocated(scale) - laid_out) / 1e6,
+        **{f"{key}_mb": value / 1e6 for key, value in engine.model.num_bytes.items()},
     )
     return engine
+
+
+def _allocated(scale: Scale) -> int:
+    """Bytes of the card that are taken, by graphs too."""
+    if not scale.is_gpu:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _prefill(out: Recorder, scale: Scale, name: str, engine: Engine, length: int) -> None:
+    for _ in range(scale.num_warm):
+        engine.prefill(length, scale.max_rows)
+    seconds = sum(engine.prefill(length, scale.max_rows).step_s)
+    out.record("prefill", on=name, length=length, ms=1000 * seconds, tokens_per_s=length / seconds)
 
 
 def _loaded(out: Recorder, scale: Scale, name: str, engine: Engine, most: int) -> None:
@@ -99,7 +137,7 @@ def _loaded(out: Recorder, scale: Scale, name: str, engine: Engine, most: int) -
 
 
 def _mixed(out: Recorder, scale: Scale, name: str, engine: Engine) -> None:
-    rows, prompt = min(32, max(scale.decode_rows)), scale.step_prompts[0]
+    rows, prompt = min(32, max(scale.decode_rows)), min(scale.step_prompts[0], engine.longest)
     if out.is_late or not engine.can_hold(rows + 1):
         return
     times = engine.mixed(rows, scale.step_context, prompt, scale.num_steps)

@@ -37,10 +37,11 @@ def run(out: Recorder, scale: Scale) -> None:
     for name in _OPTIMIZERS:
         if out.is_late:
             return
-        try:
-            _train(out, scale, name, model, decoder, batch)
-        except SettingError as error:  # 8-bit states need CUDA
-            out.lacks(f"steps with {name}: {error}")
+        with out.going_on(name):
+            try:
+                _train(out, scale, name, model, decoder, batch)
+            except SettingError as error:  # 8-bit states need CUDA
+                out.lacks(f"steps with {name}: {error}")
 
 
 def _loaded(random: RandomModel) -> LoadedModel:

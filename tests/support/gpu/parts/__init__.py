@@ -1,0 +1,1 @@
+"""Parts of a benchmark that end in every way."""
