@@ -21,6 +21,7 @@ from manyhats.engine.backends.cuda.adapters import deltas
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.plan import AdapterRows, int32
 from manyhats.engine.model.architecture import Architecture, Attention
 from manyhats.engine.model.families.reading import read_family
@@ -155,9 +156,11 @@ def _own(
 ) -> list[Callable[[], object]]:
     """One call a layer."""
     largest = LargestSizes(rank=rank, bottleneck=16)
-    slots = CudaAdapterSlots(architecture, count + 1, 0, largest, device)
+    slots = CudaAdapterSlots(architecture, count + 1, 0, largest, runtime_on(device))
     packed = slots.pack(lora)
-    slots = CudaAdapterSlots(architecture, count + 1, count * (packed.numbers.numel() + 256), largest, device)
+    slots = CudaAdapterSlots(
+        architecture, count + 1, count * (packed.numbers.numel() + 256), largest, runtime_on(device)
+    )
     for slot in range(1, count + 1):
         slots.place(slot, packed)
     rows = AdapterRows.of(int32(range(1, count + 1)))

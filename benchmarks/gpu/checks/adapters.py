@@ -28,6 +28,7 @@ from manyhats.engine.backends.cuda.adapters import bottlenecks, deltas, ends
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.plan import AdapterRows, int32
 from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
 from manyhats.engine.model.families.reading import read_family
@@ -43,7 +44,9 @@ class _Served:
 
     def __init__(self, place: Place, adapters: Sequence[Sequence[Delta]]) -> None:
         architecture = read_family(config_of(replace(place.shape, num_layers=1))).architecture
-        slots = CudaAdapterSlots(architecture, len(adapters) + 1, _ARENA_BYTES, _LARGEST, place.device)
+        slots = CudaAdapterSlots(
+            architecture, len(adapters) + 1, _ARENA_BYTES, _LARGEST, runtime_on(place.device)
+        )
         oracle = TorchAdapterSlots(torch.bfloat16)
         self._held: dict[int, list[Delta]] = {0: []}
         for slot, own in enumerate(adapters, start=1):

@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.checks.check import Check, Place
 from manyhats.engine.backends.cuda.choosing import Choosing
 from manyhats.engine.backends.cuda.logits import DeviceLogits, Finisher
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.torch.choosing import choose_row
 from manyhats.engine.backends.wants import Targets, Wants
 from manyhats.engine.request import SamplingParams
@@ -33,7 +34,7 @@ def check_choosing(place: Place) -> Iterator[Check]:
     choices = choices_of(rows, range(count), vocab)
     targets = Targets(np.arange(count), np.arange(count) * 3 % vocab, np.full(count, 2))
     wants = Wants(choices, targets, np.empty(0, np.int32))
-    finisher = Finisher(Choosing(place.device, count, count, vocab), place.device)
+    finisher = Finisher(Choosing(place.device, count, count, vocab), runtime_on(place.device))
     host = logits.cpu()
     outcome = DeviceLogits(logits, finisher).finish(wants).result()
     expected = [choose_row(host[row], choices, row) for row in range(count)]
