@@ -99,6 +99,7 @@ class DeviceTier:
             Exception: the adapter's last copy failed, as the device did.
         """
         with self._lock:
+            adapter.is_removed = False  # it is wanted again
             if adapter.slot is None and not self._has_entered(adapter):
                 return None
             self._idle.pop(adapter, None)
