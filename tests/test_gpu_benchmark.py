@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.gpu import row_bits
+from benchmarks.gpu.candidates import Candidate, Weights
+from benchmarks.gpu.checks.check import Place
+from benchmarks.gpu.checks.linears import check_linears
 from benchmarks.gpu.compiling import StepJob, launch_step
 from benchmarks.gpu.goals import GOALS, NOT_MEASURED, table
 from benchmarks.gpu.measured import chosen, source
@@ -23,6 +27,7 @@ from benchmarks.gpu.record import Found, Recorder, read
 from benchmarks.gpu.run import BUDGET_S, PARTS, Part, limit_of, run_parts
 from benchmarks.gpu.scale import CPU, TINY
 from benchmarks.gpu.stepping import Engine, open_launched, open_strict
+from torch import Tensor
 
 from manyhats.engine.backends.cuda import linear_tiles
 from manyhats.engine.backends.cuda.linear_tiles import RowTiles
@@ -83,7 +88,7 @@ def check_kernels(found: Mapping[str, Found]) -> None:
     """They are right, rows keep their bits, and losses fall."""
     kernels = found["A"].of("kernel")
     names = {name.strip() for each in kernels for name in each["kernel"].split(" ", 1)[0].split(",") if name}
-    assert names == {f"K{number}" for number in range(1, 15)}
+    assert names == {"K1r", *(f"K{number}" for number in range(1, 15))}
     assert [each for each in kernels if not each["is_right"]] == []
     (compiled,) = found["A"].of("compiled")
     assert compiled["done"] == compiled["jobs"] > 0
@@ -110,6 +115,36 @@ def check_table(shown: str) -> None:
     for goal in GOALS:
         (line,) = (line for line in tail if line.startswith(goal.title + "  "))
         assert line.endswith(NOT_MEASURED)
+
+
+product_of = Weights.product
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_a_row_that_depends_on_others_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        product_of(self, candidate, x, y, parts)
+        if candidate.bucket == 32 and len(x) > 2:
+            y[0] += 1e-3
+
+    monkeypatch.setattr(Weights, "product", product)
+    out = Recorder(tmp_path, "B", 60.0)
+    row_bits.run(out, replace(CPU, bit_rows=(1, 2, 3)))
+    wrong_at = {tuple(each["candidate"]): each["wrong_at"] for each in out.found.of("bits")}
+    assert len({key[4] for key in wrong_at}) == 4
+    for candidate, counts in wrong_at.items():
+        assert counts == ([3] if candidate[4] == 32 else [])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        product_of(self, candidate, x[:-1], y[:-1], parts)
+
+    place = Place(TINY, torch.device("cpu"), 90)
+    assert all(each.is_right for each in check_linears(place))
+    monkeypatch.setattr(Weights, "product", product)
+    assert not any(each.is_right for each in check_linears(place))
 
 
 def test_parts_end_alone(tmp_path: Path) -> None:

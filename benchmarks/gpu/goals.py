@@ -198,7 +198,12 @@ GOALS = (
     Goal("decode, 32 rows, the same", _against_transformers(32), 8, 15),
     Goal("decode, 32 rows on 32 adapters, over PEFT switched", _against_peft, 10, 25),
     *(
-        Goal(f"decode on {count} adapters / on none, over the bytes' ratio", _adapters(count), 0.85, 0.95)
+        Goal(
+            f"decode on {count} adapter{'s' * (count > 1)} / on none, over the bytes' ratio",
+            _adapters(count),
+            0.85,
+            0.95,
+        )
         for count in (1, 8, 32, 64)
     ),
     Goal("base rows with adapters loaded / without", _loaded, 0.98, 1.0),
