@@ -5,17 +5,20 @@ from __future__ import annotations
 from support.gpu.interpreter import DEVICE  # isort: skip
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.gpu import row_bits
+from benchmarks.gpu import row_bits, sanitizer, timing
 from benchmarks.gpu.candidates import Candidate, Weights
 from benchmarks.gpu.checks.check import Place
 from benchmarks.gpu.checks.linears import check_linears
@@ -25,7 +28,7 @@ from benchmarks.gpu.measured import chosen, source
 from benchmarks.gpu.model import make_model
 from benchmarks.gpu.record import Found, Recorder, read
 from benchmarks.gpu.run import BUDGET_S, PARTS, Part, limit_of, run_parts
-from benchmarks.gpu.scale import CPU, TINY
+from benchmarks.gpu.scale import CPU, GPU, TINY
 from benchmarks.gpu.stepping import Engine, open_launched, open_strict
 from torch import Tensor
 
@@ -145,6 +148,46 @@ def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch: pytest.MonkeyPatch
     assert all(each.is_right for each in check_linears(place))
     monkeypatch.setattr(Weights, "product", product)
     assert not any(each.is_right for each in check_linears(place))
+
+
+@pytest.mark.parametrize("can_capture", [True, False])
+def test_calls_that_cannot_be_captured_are_timed_as_they_are_launched(
+    can_capture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: runs take 2 s, and a capture runs nothing."""
+    launched: list[str] = []
+    replayed: list[str] = []
+
+    def capture(launch: Callable[[], None]) -> SimpleNamespace:
+        if not can_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(replay=lambda: replayed.append("graph"))
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()
+        return 2.0
+
+    monkeypatch.setattr(timing, "CapturingOnGpu", lambda device: capture)
+    monkeypatch.setattr(timing, "event_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [partial(launched.append, "a"), partial(launched.append, "b")]
+    timed = timing.Timer(torch.device("cuda"), 3).time(calls)
+    assert (timed.seconds, timed.is_graph) == (1.0, can_capture)
+    rounds = 1 if can_capture else 1 + 1 + 3
+    assert launched == ["a", "b"] * rounds
+    assert len(replayed) == (4 if can_capture else 0)
+
+
+def test_what_the_sanitizer_finds_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "this is $2"\n[ "$2" = memcheck ] || exit 86\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    out = Recorder(tmp_path, "H", 60.0)
+    sanitizer.run(out, GPU)
+    found = {each["tool"]: each for each in out.found.of("sanitizer")}
+    assert {tool: each["is_clean"] for tool, each in found.items()} == {"memcheck": True, "racecheck": False}
+    assert found["racecheck"]["said"] == "this is racecheck\n"
 
 
 def test_parts_end_alone(tmp_path: Path) -> None:
