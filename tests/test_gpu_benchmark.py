@@ -430,3 +430,15 @@ def test_what_would_be_a_graph_is_launched_again() -> None:
 @pytest.mark.parametrize(("rows", "slot"), [(2, 1), (17, 0)])
 def test_a_step_that_is_compiled_in_advance_is_one_that_runs(rows: int, slot: int) -> None:
     launch_step(StepJob(TINY, rows, slot), 90)
+
+
+def test_what_decides_settings_is_told_beside_the_goals() -> None:
+    nested, plain = product(1, 12, key(16, FEW)), product(1, 10, key(16, FEW))
+    plain[1]["absmax"] = "plain"
+    launched = decode(32, 0, 400.0)
+    launched[1]["on"] = "strict, launched"
+    run = {"C": found_of("C", nested, plain), "E": found_of("E", decode(32, 0, 1000.0), launched)}
+    shown = table(run, is_measured=True).splitlines()
+    assert "absmaxes in float32 over nested ones, rows 1 to 64: 1.2x" in shown
+    assert "graphs over launches, decode of 32 rows: 2.5x" in shown
+    assert not [each for each in shown if "decode of 1 row:" in each]
