@@ -140,6 +140,23 @@ def test_a_row_that_depends_on_others_is_found(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_a_configuration_that_a_card_has_no_room_for_is_no_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        if candidate.bucket == 128:
+            raise RuntimeError("out of resource: shared memory")
+        product_of(self, candidate, x, y, parts)
+
+    monkeypatch.setattr(Weights, "product", product)
+    out = Recorder(tmp_path, "B", 60.0)
+    row_bits.run(out, replace(CPU, bit_rows=(1,)))
+    assert {each["candidate"][4] for each in out.found.of("bits", holds=True)} == {16, 32, 256}
+    assert {each["candidate"][4] for each in out.found.of("not run")} == {128}
+    assert out.found.failure == ""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
 def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
         product_of(self, candidate, x[:-1], y[:-1], parts)

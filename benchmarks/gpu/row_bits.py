@@ -56,7 +56,11 @@ def _linears(out: Recorder, scale: Scale, shape: tuple[int, int], device: torch.
         for candidate in [*candidates, *dense_candidates(shape, family, sm)]:
             if out.is_late:
                 return
-            rows = _wrong_rows(weights, candidate, x, alone, scale.bit_rows)
+            try:
+                rows = _wrong_rows(weights, candidate, x, alone, scale.bit_rows)
+            except Exception as error:  # noqa: BLE001 - one that a card has no room for is no choice
+                out.record("not run", candidate=candidate.key, failure=repr(error))
+                continue
             out.record("bits", candidate=candidate.key, holds=not rows, wrong_at=rows)
         of_flat = _alone(flat, first, x)
         out.record("bits of plain absmaxes", shape=list(shape), holds=torch.equal(of_flat, alone))
