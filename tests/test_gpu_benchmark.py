@@ -5,31 +5,45 @@ from __future__ import annotations
 from support.gpu.interpreter import DEVICE  # isort: skip
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from benchmarks.gpu import row_bits, sanitizer, timing
+from benchmarks.gpu.candidates import Candidate, Weights
+from benchmarks.gpu.checks.check import Place
+from benchmarks.gpu.checks.linears import check_linears
 from benchmarks.gpu.compiling import StepJob, launch_step
 from benchmarks.gpu.goals import GOALS, NOT_MEASURED, table
 from benchmarks.gpu.measured import chosen, source
+from benchmarks.gpu.model import make_model
 from benchmarks.gpu.record import Found, Recorder, read
 from benchmarks.gpu.run import BUDGET_S, PARTS, Part, limit_of, run_parts
-from benchmarks.gpu.scale import CPU, TINY
+from benchmarks.gpu.scale import CPU, GPU, TINY
+from benchmarks.gpu.stepping import Engine, open_launched, open_strict
+from torch import Tensor
 
 from manyhats.engine.backends.cuda import linear_tiles
 from manyhats.engine.backends.cuda.linear_tiles import RowTiles
+from manyhats.engine.backends.plan import StepPlan
+from manyhats.engine.backends.wants import Outcome, Wants
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 60
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What a whole run prints, and where it leaves its files."""
-    directory = tmp_path_factory.mktemp("gpu") / "new"
+def test_a_whole_run_in_the_interpreter(tmp_path: Path) -> None:
+    """One test: tests that share a run may go to several processes, each of which would do it."""
+    directory = tmp_path / "new"
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--cpu", "--out", str(directory)],
         cwd=ROOT,
@@ -38,7 +52,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         timeout=280,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout, directory
+    found = {part.name: read(directory, part.name) for part in PARTS}
+    check_files(directory)
+    check_kernels(found)
+    check_what_is_lacking(found, run.stdout)
+    check_table(run.stdout)
+    assert "Nothing was measured" in (directory / "linear_tiles.py").read_text()
+    assert strictly(directory / "configuration.json")["sm"] is None
 
 
 def strictly(path: Path) -> Any:
@@ -46,8 +66,8 @@ def strictly(path: Path) -> Any:
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path}: {name}"))
 
 
-def test_every_part_runs_and_leaves_its_file(finished: tuple[str, Path]) -> None:
-    _, directory = finished
+def check_files(directory: Path) -> None:
+    """Every part leaves all of its records."""
     kinds = {
         "0": {"versions", "copy", "product"},
         "A": {"compiled", "kernel"},
@@ -67,45 +87,124 @@ def test_every_part_runs_and_leaves_its_file(finished: tuple[str, Path]) -> None
         assert document["failure"] == ""
 
 
-def test_kernels_are_right_and_rows_keep_their_bits(finished: tuple[str, Path]) -> None:
-    _, directory = finished
-    kernels = read(directory, "A").of("kernel")
-    assert {each["kernel"].split()[0].rstrip(",") for each in kernels} == {
-        *(f"K{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)),
-    }
+def check_kernels(found: Mapping[str, Found]) -> None:
+    """They are right, rows keep their bits, and losses fall."""
+    kernels = found["A"].of("kernel")
+    names = {name.strip() for each in kernels for name in each["kernel"].split(" ", 1)[0].split(",") if name}
+    assert names == {"K1r", *(f"K{number}" for number in range(1, 15))}
     assert [each for each in kernels if not each["is_right"]] == []
-    assert read(directory, "A").of("not compiled") == []
-    bits = read(directory, "B")
-    assert bits.of("bits", holds=False) == bits.of("bits of attention", holds=False) == []
-
-
-def test_losses_are_finite_and_fall(finished: tuple[str, Path]) -> None:
-    _, directory = finished
-    (trained,) = read(directory, "T").of("training")
+    (compiled,) = found["A"].of("compiled")
+    assert compiled["done"] == compiled["jobs"] > 0
+    assert found["B"].of("bits", holds=False) == found["B"].of("bits of attention", holds=False) == []
+    (trained,) = found["T"].of("training")
     assert (trained["optimizer"], trained["is_finite"], trained["falls"]) == ("adamw", True, True)
 
 
-def test_what_a_cpu_lacks_is_named(finished: tuple[str, Path]) -> None:
-    shown, directory = finished
+def check_what_is_lacking(found: Mapping[str, Found], shown: str) -> None:
     for part, what in (
         ("H", "compute-sanitizer"),
         ("T", "adamw_8bit"),
         ("T", "paged_adamw_8bit"),
         ("E", "graphs"),
     ):
-        assert any(what in each for each in read(directory, part).lacks)
+        assert any(what in each for each in found[part].lacks)
         assert what in shown
 
 
-def test_the_table_has_every_goal_and_measures_none_on_a_cpu(finished: tuple[str, Path]) -> None:
-    shown, directory = finished
+def check_table(shown: str) -> None:
+    """Every goal is there, and none is measured on a CPU."""
     tail = shown[shown.index("measured  must") :].splitlines()
     assert len(tail) <= MOST_LINES
     for goal in GOALS:
         (line,) = (line for line in tail if line.startswith(goal.title + "  "))
         assert line.endswith(NOT_MEASURED)
-    assert "Nothing was measured" in (directory / "linear_tiles.py").read_text()
-    assert strictly(directory / "configuration.json")["sm"] is None
+
+
+product_of = Weights.product
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_a_row_that_depends_on_others_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        product_of(self, candidate, x, y, parts)
+        if candidate.bucket == 32 and len(x) > 2:
+            y[0] += 1e-3
+
+    monkeypatch.setattr(Weights, "product", product)
+    out = Recorder(tmp_path, "B", 60.0)
+    row_bits.run(out, replace(CPU, bit_rows=(1, 2, 3)))
+    wrong_at = {tuple(each["candidate"]): each["wrong_at"] for each in out.found.of("bits")}
+    assert len({key[4] for key in wrong_at}) == 4
+    for candidate, counts in wrong_at.items():
+        assert counts == ([3] if candidate[4] == 32 else [])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_a_configuration_that_a_card_has_no_room_for_is_no_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        if candidate.bucket == 128:
+            raise RuntimeError("out of resource: shared memory")
+        product_of(self, candidate, x, y, parts)
+
+    monkeypatch.setattr(Weights, "product", product)
+    out = Recorder(tmp_path, "B", 60.0)
+    row_bits.run(out, replace(CPU, bit_rows=(1,)))
+    assert {each["candidate"][4] for each in out.found.of("bits", holds=True)} == {16, 32, 256}
+    assert {each["candidate"][4] for each in out.found.of("not run")} == {128}
+    assert out.found.failure == ""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(self: Weights, candidate: Candidate, x: Tensor, y: Tensor, parts: Tensor) -> None:
+        product_of(self, candidate, x[:-1], y[:-1], parts)
+
+    place = Place(TINY, torch.device("cpu"), 90)
+    assert all(each.is_right for each in check_linears(place))
+    monkeypatch.setattr(Weights, "product", product)
+    assert not any(each.is_right for each in check_linears(place))
+
+
+@pytest.mark.parametrize("can_capture", [True, False])
+def test_calls_that_cannot_be_captured_are_timed_as_they_are_launched(
+    can_capture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: runs take 2 s, and a capture runs nothing."""
+    launched: list[str] = []
+    replayed: list[str] = []
+
+    def capture(launch: Callable[[], None]) -> SimpleNamespace:
+        if not can_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(replay=lambda: replayed.append("graph"))
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()
+        return 2.0
+
+    monkeypatch.setattr(timing, "CapturingOnGpu", lambda device: capture)
+    monkeypatch.setattr(timing, "event_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [partial(launched.append, "a"), partial(launched.append, "b")]
+    timed = timing.Timer(torch.device("cuda"), 3).time(calls)
+    assert (timed.seconds, timed.is_graph) == (1.0, can_capture)
+    rounds = 1 if can_capture else 1 + 1 + 3
+    assert launched == ["a", "b"] * rounds
+    assert len(replayed) == (4 if can_capture else 0)
+
+
+def test_what_the_sanitizer_finds_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "this is $2"\n[ "$2" = memcheck ] || exit 86\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    out = Recorder(tmp_path, "H", 60.0)
+    sanitizer.run(out, GPU)
+    found = {each["tool"]: each for each in out.found.of("sanitizer")}
+    assert {tool: each["is_clean"] for tool, each in found.items()} == {"memcheck": True, "racecheck": False}
+    assert found["racecheck"]["said"] == "this is racecheck\n"
 
 
 def test_parts_end_alone(tmp_path: Path) -> None:
@@ -285,7 +384,78 @@ def test_adapters_are_held_against_the_bytes_that_they_add() -> None:
     assert line(run, "decode on 8 adapters").endswith(NOT_MEASURED)
 
 
+class Stub:
+    """A model that notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.token_ids: list[list[int]] = []
+
+    def forward(self, plan: StepPlan, cache: object, adapters: object) -> Stub:
+        self.token_ids.append(plan.token_ids.tolist())
+        self.calls.append(f"launch {len(self.token_ids) - 1}")
+        return self
+
+    def finish(self, wants: Wants) -> StubPending:
+        assert wants.choices.num_rows == len(self.token_ids[-1])
+        return StubPending(self, len(self.token_ids) - 1)
+
+
+class StubPending:
+    def __init__(self, model: Stub, step: int) -> None:
+        self.model, self.step = model, step
+
+    def result(self) -> Outcome:
+        self.model.calls.append(f"collect {self.step}")
+        return Outcome([], [], np.empty((0, 0), np.float32), frozenset())
+
+
+def stubbed(num_ahead: int) -> Stub:
+    """What decoding two sequences for three steps asks of a model, after one step that warms up."""
+    scale = replace(CPU, num_warm=1, num_steps=3)
+    model = make_model(scale.shape, torch.device("cpu"))
+    engine = Engine(open_strict(scale, model), model, scale, 1)
+    stub = Stub()
+    engine.model, engine.num_ahead = stub, num_ahead
+    assert len(engine.decode(2, 6, 3).step_s) == 3
+    return stub
+
+
+def test_a_step_is_collected_before_the_next_one_is_launched() -> None:
+    stub = stubbed(0)
+    assert stub.calls == [f"{what} {step}" for step in range(4) for what in ("launch", "collect")]
+    assert min(token for ids in stub.token_ids for token in ids) >= 0
+
+
+def test_a_backend_that_runs_ahead_is_given_steps_whose_tokens_are_not_known_yet() -> None:
+    stub = stubbed(1)
+    assert stub.calls == [
+        "launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "launch 3", "collect 2", "collect 3",
+    ]  # fmt: skip
+    assert stub.token_ids[1:] == [[-1, -2]] * 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
+def test_what_would_be_a_graph_is_launched_again() -> None:
+    scale = replace(CPU, num_warm=0, num_steps=3)
+    model = make_model(scale.shape, torch.device("cpu"))
+    engine = Engine(open_launched(scale, model), model, scale, 2)
+    assert len(engine.decode(2, 6, 3).step_s) == 3
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="its tensors lie on the CPU")
 @pytest.mark.parametrize(("rows", "slot"), [(2, 1), (17, 0)])
 def test_a_step_that_is_compiled_in_advance_is_one_that_runs(rows: int, slot: int) -> None:
     launch_step(StepJob(TINY, rows, slot), 90)
+
+
+def test_what_decides_settings_is_told_beside_the_goals() -> None:
+    nested, plain = product(1, 12, key(16, FEW)), product(1, 10, key(16, FEW))
+    plain[1]["absmax"] = "plain"
+    launched = decode(32, 0, 400.0)
+    launched[1]["on"] = "strict, launched"
+    run = {"C": found_of("C", nested, plain), "E": found_of("E", decode(32, 0, 1000.0), launched)}
+    shown = table(run, is_measured=True).splitlines()
+    assert "absmaxes in float32 over nested ones, rows 1 to 64: 1.2x" in shown
+    assert "graphs over launches, decode of 32 rows: 2.5x" in shown
+    assert not [each for each in shown if "decode of 1 row:" in each]

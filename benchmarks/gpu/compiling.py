@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.gpu.candidates import Candidate, make_weights, num_parts
 from benchmarks.gpu.model import make_model, random_lora
+from benchmarks.gpu.plans import BLOCK, Part, greedy, plan_of
 from benchmarks.gpu.scale import Shape
-from benchmarks.gpu.stepping import BLOCK, Part, greedy, plan_of
 from manyhats.engine.backends.limits import Limits
 
 _TOKENS = 17 * 4096

@@ -198,7 +198,12 @@ GOALS = (
     Goal("decode, 32 rows, the same", _against_transformers(32), 8, 15),
     Goal("decode, 32 rows on 32 adapters, over PEFT switched", _against_peft, 10, 25),
     *(
-        Goal(f"decode on {count} adapters / on none, over the bytes' ratio", _adapters(count), 0.85, 0.95)
+        Goal(
+            f"decode on {count} adapter{'s' * (count > 1)} / on none, over the bytes' ratio",
+            _adapters(count),
+            0.85,
+            0.95,
+        )
         for count in (1, 8, 32, 64)
     ),
     Goal("base rows with adapters loaded / without", _loaded, 0.98, 1.0),
@@ -235,7 +240,36 @@ def table(run: Run, *, is_measured: bool) -> str:
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-    return "\n".join(["", *rows, "", *_verdicts(run), *_lacks(run)])
+    return "\n".join(["", *rows, "", *(_asides(run) if is_measured else []), *_verdicts(run), *_lacks(run)])
+
+
+def _asides(run: Run) -> list[str]:
+    """What nothing has to reach, but decides how the engine is set."""
+    figures = {
+        "absmaxes in float32 over nested ones, rows 1 to 64": _of_plain_absmaxes(run),
+        "graphs over launches, decode of 1 row": _of_graphs(run, 1),
+        "graphs over launches, decode of 32 rows": _of_graphs(run, 32),
+    }
+    return [f"{title}: {value:.3g}x" for title, value in figures.items() if value is not None]
+
+
+def _of_plain_absmaxes(run: Run) -> float | None:
+    """How many times as fast, by the same configurations."""
+    times = {
+        (tuple(each["candidate"]), each["rows"], each["absmax"]): each["us"]
+        for each in _part(run, "C").of("nf4")
+        if each["rows"] in _FEW_ROWS
+    }
+    ratios = [
+        us / times[candidate, rows, "plain"]
+        for (candidate, rows, absmax), us in times.items()
+        if absmax == "nested" and (candidate, rows, "plain") in times
+    ]
+    return geometric_mean(ratios) if ratios else None
+
+
+def _of_graphs(run: Run, rows: int) -> float | None:
+    return _over(_decode(run, rows), _decode(run, rows, on="strict, launched"))
 
 
 def _verdicts(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""Steps of the engine through its seam to a backend: plans of decodes and prompts, and how long they take."""
+"""Steps of the engine through its seam to a backend: decodes, prompts, and how long they take."""
 
 from __future__ import annotations
 
@@ -7,62 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import NoReturn
 
 import numpy as np
 import torch
 
 from benchmarks.gpu.model import RandomModel, adapter_bytes, random_lora
+from benchmarks.gpu.plans import BLOCK, Part, greedy, plan_of
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.timing import event
 from manyhats.engine.backends.backend import Backend, Pending
 from manyhats.engine.backends.limits import Limits
-from manyhats.engine.backends.plan import Ints, StepPlan, int32
-from manyhats.engine.backends.wants import NO_TARGETS, Wants
-from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampling.sampler import SamplingRow, choices_of
+from manyhats.engine.backends.plan import StepPlan, int32
+from manyhats.engine.backends.wants import Wants
 
-BLOCK = 16
 _HIDDEN_STEPS = 3
 _SLEEP_CYCLES = 100_000_000
 """Some 50 ms, in which the host launches a step."""
-_GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Of a step: the rows of one sequence from ``start`` to before ``end``, on the adapter of a slot."""
-
-    sequence: int
-    start: int
-    end: int
-    slot: int = 0
-
-
-def plan_of(parts: Sequence[Part], blocks_each: int, vocab_size: int) -> StepPlan:
-    """A step of these; each chooses a token after its last row. Sequence s has blocks from ``s · blocks_each``."""
-    rows = [np.arange(part.start, part.end, dtype=np.int32) for part in parts]
-    counts = [len(each) for each in rows]
-    first_cell = np.repeat([part.sequence * blocks_each * BLOCK for part in parts], counts)
-    positions: Ints = np.concatenate(rows)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    tables = np.arange(blocks_each, dtype=np.int32) + blocks_each * int32([[part.sequence] for part in parts])
-    return StepPlan(
-        token_ids=(positions * 7919 + 13) % vocab_size,
-        positions=positions,
-        cells=(first_cell + positions).astype(np.int64),
-        query_start=int32(starts),
-        context_len=int32([part.end for part in parts]),
-        block_tables=tables,
-        row_slots=int32(np.repeat([part.slot for part in parts], counts)),
-        logit_rows=int32(starts[1:] - 1),
-    )
-
-
-def greedy(count: int, vocab_size: int) -> Wants:
-    """The most likely token of so many rows."""
-    rows = [SamplingRow(params=_GREEDY) for _ in range(count)]
-    return Wants(choices_of(rows, range(count), vocab_size), NO_TARGETS, np.empty(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,14 +243,22 @@ def open_strict(scale: Scale, model: RandomModel) -> Backend:
     return CudaBackend(scale.device, limits_of(scale, model))
 
 
+class _Launches:
+    """In the place of a graph: launches again what would have been recorded."""
+
+    def __init__(self, launch: Callable[[], None]) -> None:
+        self._launch = launch
+
+    def replay(self) -> None:
+        """Launch it."""
+        self._launch()
+
+
 def open_launched(scale: Scale, model: RandomModel) -> Backend:
-    """The same without graphs: what cannot be recorded is launched."""
+    """The same steps without graphs."""
     from manyhats.engine.backends.cuda.backend import CudaBackend
 
-    def refuse(launch: Callable[[], None]) -> NoReturn:
-        raise RuntimeError("steps are launched here, to see what graphs save")
-
-    return CudaBackend(scale.device, limits_of(scale, model), refuse)
+    return CudaBackend(scale.device, limits_of(scale, model), _Launches)
 
 
 def open_fast(scale: Scale, model: RandomModel) -> Backend:

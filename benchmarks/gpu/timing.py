@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from manyhats.engine.backends.cuda.graphs import CapturingOnGpu
+
 Call = Callable[[], object]
 
 
@@ -34,18 +36,19 @@ class Timer:
     """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
-        self._is_cuda = device.type == "cuda"
+        # Not torch.cuda.graph, which collects garbage each time: that takes longer than most measurements.
+        self._capture = CapturingOnGpu(device) if device.type == "cuda" else None
         self._repeats = repeats
 
     def time(self, calls: Sequence[Call]) -> Timed:
         """The mean of these calls, one after another; they run once to warm up."""
-        if not self._is_cuda:
+        if self._capture is None:
             return Timed(self._by_clock(calls) / len(calls), is_graph=False)
         for call in calls:
             call()
         torch.cuda.synchronize()
         try:
-            run, is_graph = _captured(calls), True
+            run, is_graph = self._capture(lambda: _run(calls)).replay, True
         except RuntimeError:  # what cannot be captured, such as an allocation of the driver's
             torch.cuda.synchronize()
             run, is_graph = lambda: _run(calls), False
@@ -80,10 +83,3 @@ def event() -> Any:
 def _run(calls: Sequence[Call]) -> None:
     for call in calls:
         call()
-
-
-def _captured(calls: Sequence[Call]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _run(calls)
-    return graph.replay

@@ -26,7 +26,8 @@ _ROUNDED, _CUT_OFF = 1e-6, 3e-5
 
 def check_linears(place: Place) -> Iterator[Check]:
     """Products of few rows, split, walked and dense, and the weights by themselves."""
-    shape = place.shape.linears["o"]
+    rows, columns = place.shape.linears["o"]
+    shape = (rows, max(columns, 128))  # of two ranges, at least
     weights = make_weights(shape, place.device, place.sm)
     x = place.normal(1, _ROWS, shape[1]).bfloat16()
     exact = x.double() @ weights.dense.weight.double().T
@@ -44,11 +45,7 @@ def check_linears(place: Place) -> Iterator[Check]:
 
 
 def _ways(shape: tuple[int, int]) -> dict[str, Candidate]:
-    splits = 2
-    split = Candidate(shape, 64, splits, 16, RowTiles(16, 64, 4, 3, is_split=True))
-    # The ranges are K's in halves, in two blocks of 64 at least.
-    if shape[1] < 128:
-        split = replace(split, splits=1)
+    split = Candidate(shape, 64, 2, 16, RowTiles(16, 64, 4, 3, is_split=True))
     walked = replace(split, tile=RowTiles(32, 64, 4, 3))
     return {
         "K1 nf4_linear, split": split,
