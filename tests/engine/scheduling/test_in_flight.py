@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.scheduling.schedule import Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from support.harnesses.scheduling import make_scheduler, make_sequence
 
 
@@ -171,3 +174,26 @@ def test_a_step_that_lacks_blocks_waits_for_the_one_in_flight_to_end() -> None:
         scheduler.schedule()
     taken(scheduler, step, *sequences)
     assert scheduler.schedule().preempted == (sequences[1],)
+
+
+def test_a_prefix_that_nobody_uses_makes_room_though_steps_run_ahead() -> None:
+    scheduler = make_scheduler(num_blocks=8, block_size=4)
+    zeros = torch.zeros(1, 12, 1, 1)
+    virtual = VirtualTokens(KVPrefix(zeros, zeros, 0))
+    user = make_sequence("user", [0] * 12 + [1], virtual=virtual)
+    scheduler.add(user)
+    scheduler.commit(scheduler.schedule())
+    scheduler.finish(user)
+    assert scheduler.allocator.num_used == 3, "its virtual tokens stay for others"
+    running, waiting = make_sequence("running", [2] * 4, 8), make_sequence("waiting", [3] * 14, 1)
+    scheduler.add(running)
+    step = launched(scheduler)
+    scheduler.add(waiting)
+    following = launched(scheduler)
+    assert [name for name, _, _ in rows(following)] == ["running"]
+    assert virtual.held is not None, "its blocks would not be free yet"
+    assert scheduler.must_land
+    taken(scheduler, step, running)
+    taken(scheduler, following, running)
+    assert [name for name, _, _ in rows(scheduler.schedule())] == ["running", "waiting"]
+    assert virtual.held is None
