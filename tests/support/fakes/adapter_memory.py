@@ -72,7 +72,7 @@ class ArenaSlots:
 
 
 class Copier(Executor):
-    """Does what it is given when it is told to."""
+    """A thread that works when it is told to, or when somebody waits for what it was given."""
 
     def __init__(self) -> None:
         self._tasks: list[Callable[[], None]] = []
@@ -82,7 +82,7 @@ class Copier(Executor):
         return len(self._tasks)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+        future = _Awaited(self)
 
         def task() -> None:
             try:
@@ -94,5 +94,17 @@ class Copier(Executor):
         return future
 
     def work(self) -> None:
-        """Do the next one."""
-        self._tasks.pop(0)()
+        """Do the next one, if there is one."""
+        if self._tasks:
+            self._tasks.pop(0)()
+
+
+class _Awaited(Future[Any]):
+    def __init__(self, copier: Copier) -> None:
+        super().__init__()
+        self._copier = copier
+
+    def result(self, timeout: float | None = None) -> Any:
+        while not self.done():
+            self._copier.work()
+        return super().result(timeout)

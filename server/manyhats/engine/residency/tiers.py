@@ -88,9 +88,9 @@ class DeviceTier:
         with self._lock:
             return not adapter.is_asked and self._in_the_way(adapter) is not None
 
-    def is_coming(self) -> bool:
-        """Whether an adapter is being copied, at whose end there may be a slot for this one or another."""
-        return self._num_coming > 0
+    def is_coming(self, adapter: PlacedAdapter) -> bool:
+        """Whether an adapter is being copied, this one or what it may follow, or whether that has just ended."""
+        return self._memory is not None and (self._num_coming > 0 or self.can_place(adapter))
 
     def place(self, adapter: PlacedAdapter) -> int | None:
         """Get a slot for one more sequence; called on the engine's thread, between two steps.
@@ -315,7 +315,7 @@ class PlacedAdapter:
 
     def is_coming(self) -> bool:
         """See ``DeviceTier``."""
-        return self.tier.is_coming()
+        return self.tier.is_coming(self)
 
     def leave(self) -> None:
         """See ``DeviceTier``."""

@@ -36,7 +36,7 @@ class Placement(Protocol):
         ...
 
     def is_coming(self) -> bool:
-        """Whether an adapter is being copied: there may be a slot at the end, which wakes the scheduler's caller."""
+        """Whether there may soon be a slot though no sequence ends: whoever copies an adapter then wakes the caller."""
         ...
 
     def leave(self) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
@@ -22,6 +21,7 @@ from manyhats.engine.backends.cuda.logits import Finisher
 from manyhats.engine.backends.cuda.wanted import Bytes
 from manyhats.engine.residency import tiers
 from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter
+from support.fakes.adapter_memory import Copier
 from support.fakes.fake_runtime import FakeRuntime, LifetimeError
 
 NUM_SCHEDULES, NUM_PARTS = 10_000, 10
@@ -60,42 +60,6 @@ class Slots:
         if region is not None:
             self._runtime.check_unnamed(self.memory.buffer[region.begin : region.end])
         self.memory.take_back(slot)
-
-
-class Copier(Executor):
-    """The tier's thread: it works when the world says so, or when somebody waits for it."""
-
-    def __init__(self) -> None:
-        self.tasks: list[Callable[[], None]] = []
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = Awaited(self)
-
-        def task() -> None:
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 as an executor does
-                future.set_exception(error)
-
-        self.tasks.append(task)
-        return future
-
-    def work(self) -> None:
-        if self.tasks:
-            self.tasks.pop(0)()
-
-
-class Awaited(Future[Any]):
-    """A task's future, for which whoever asks lets the thread work."""
-
-    def __init__(self, copier: Copier) -> None:
-        super().__init__()
-        self._copier = copier
-
-    def result(self, timeout: float | None = None) -> Any:
-        while not self.done():
-            self._copier.work()
-        return super().result(timeout)
 
 
 @dataclass(frozen=True)
@@ -152,7 +116,7 @@ class World:
         """Do anything for a while, then let everything end."""
         for _ in range(NUM_ACTIONS):
             self.act()
-        while self.waiting or self.running or self.in_flight or self.copier.tasks:
+        while self.waiting or self.running or self.in_flight or self.copier.num_tasks:
             self.turn()
             self.copy()
         self.runtime.finish()
@@ -211,7 +175,7 @@ class World:
         number, num_bytes = self.num_steps % 200, self.random.randint(1, 90)
         exchange = self.finisher.upload(cast(Any, Wanted(number, num_bytes)))
         self.finisher.make_room(len(requests) + 1)
-        rows = [(request.slot, int(request.adapter.packed.record[VALUE])) for request in requests]  # type: ignore[attr-defined]
+        rows = [(request.slot, int(request.adapter.packed.record[VALUE])) for request in requests]
         self.kernel(rows, number, num_bytes)
         self.finisher.download(exchange, len(requests) + 1)
         step = Step(number, exchange, [value for _, value in rows], list(requests))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.backends.torch.batched.adapter_memory import CountedMemory
+from manyhats.engine.backends.torch.batched.adapters import DeviceAdapterSlots, HostAdapter
 from manyhats.engine.residency.tiers import Tier
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.backends import DEVICE
@@ -27,6 +29,7 @@ from support.harnesses.engine import (
     random_ids,
     random_lora,
     running_engine,
+    until,
 )
 
 TASKS = [f"task-{number}" for number in range(4)]
@@ -92,6 +95,35 @@ async def test_adapters_that_do_not_fit_together_take_turns_and_answer_as_if_the
     assert found == expected
     assert num_placed == 2
     assert num_evictions >= 2
+    assert not [entry for entry in logs if entry["log_level"] in ("warning", "error")]
+
+
+async def test_others_are_answered_while_an_adapter_is_copied_and_nobody_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny(make_checkpoint(tmp_path / "model", seed=5))
+    adapters = {task: random_lora(model.description, 1, rank=4) for task in TASKS[:2]}
+    slots = backend_of(1 << 30).new_adapters(model.architecture, 2, "float32")
+    room_for_one = slots.pack(adapters[TASKS[0]]).num_bytes
+    first, second = (make_request(random_ids(0, 9, TINY_VOCAB_SIZE), make_record(task)) for task in TASKS[:2])
+    base = make_request(random_ids(1, 9, TINY_VOCAB_SIZE))
+    place, may_copy = DeviceAdapterSlots.place, threading.Event()
+
+    def slow(slots: DeviceAdapterSlots, slot: int, packed: HostAdapter) -> None:
+        assert may_copy.wait(20)
+        place(slots, slot, packed)
+
+    async with running_engine(model, adapters, backend=backend_of(room_for_one)) as engine:
+        await collect(engine, first)
+        monkeypatch.setattr(DeviceAdapterSlots, "place", slow)
+        with capture_logs() as logs:
+            waiting = asyncio.create_task(collect(engine, second))
+            await until(lambda: engine.loop.step.scheduler.num_waiting == 1)
+            await asyncio.sleep(0.1)  # alone, for several turns of the loop
+            assert (await collect(engine, base)).token_ids
+            assert not waiting.done()
+            may_copy.set()
+            assert (await waiting).token_ids
     assert not [entry for entry in logs if entry["log_level"] in ("warning", "error")]
 
 
