@@ -142,6 +142,7 @@ def launch_step(job: StepJob, sm: int) -> None:
     from manyhats.engine.backends.cuda.backend import LARGEST
     from manyhats.engine.backends.cuda.cache import CudaKVCache
     from manyhats.engine.backends.cuda.model import CudaModel, Device
+    from manyhats.engine.backends.cuda.runtime import runtime_on
 
     device = torch.device("cpu")
     model = make_model(
@@ -149,10 +150,10 @@ def launch_step(job: StepJob, sm: int) -> None:
     )
     architecture = model.architecture
     limits = Limits(max_rows=job.rows, max_sequences=16, adapter_bytes=_ARENA_BYTES, memory_fraction=0.9)
-    own = CudaModel(architecture, model.weights, Device(device, sm, 1), limits, LARGEST)
+    own = CudaModel(architecture, model.weights, Device(runtime_on(device), sm, 1), limits, LARGEST)
     blocks = -(-job.rows // BLOCK)
     cache = CudaKVCache(architecture, blocks, BLOCK, device)
-    slots = CudaAdapterSlots(architecture, 2, _ARENA_BYTES, LARGEST, device)
+    slots = CudaAdapterSlots(architecture, 2, _ARENA_BYTES, LARGEST, runtime_on(device))
     slots.place(1, slots.pack(random_lora(architecture, 16, "compiled")))
     plan = plan_of([Part(0, 0, job.rows, job.slot)], blocks, architecture.vocab_size)
     own.forward(plan, cache, slots).finish(greedy(1, architecture.vocab_size))

@@ -66,7 +66,7 @@ class Engine:
         self._vocab_size = architecture.vocab_size
         self._is_cuda = scale.is_gpu
         self._num_warm = scale.num_warm
-        self.num_ahead = int(getattr(backend, "runs_ahead", False))
+        self.num_ahead = int(backend.runs_ahead)
         self._decode_blocks = -(-(scale.step_context + 4 * scale.num_steps + 8) // BLOCK)
         self.model = backend.prepare(architecture, model.weights)
         left = _left(scale, num_slots * adapter_bytes(architecture, scale.rank))
