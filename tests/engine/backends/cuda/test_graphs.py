@@ -23,36 +23,10 @@ from manyhats.engine.progress import no_progress
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.gpu.recording import Recorder
 from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids, random_lora
 
 LIMITS = Limits(max_rows=32, max_sequences=8, adapter_bytes=4 << 20, memory_fraction=0.9)
-
-
-class Replayed:
-    """A recorded function, which sees the memory that it saw when it was recorded, whatever is there now."""
-
-    def __init__(self, launch: Callable[[], None]) -> None:
-        self._launch = launch
-        self.count = 0
-
-    def replay(self) -> None:
-        self.count += 1
-        self._launch()
-
-
-class Recorder:
-    """``Capture`` without a GPU; recording a launch does not run it."""
-
-    def __init__(self) -> None:
-        self.graphs: list[Replayed] = []
-
-    def __call__(self, launch: Callable[[], None]) -> Graph:
-        self.graphs.append(Replayed(launch))
-        return self.graphs[-1]
-
-    @property
-    def num_replays(self) -> int:
-        return sum(graph.count for graph in self.graphs)
 
 
 @pytest.fixture(scope="module")
