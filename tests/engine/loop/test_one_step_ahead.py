@@ -338,6 +338,7 @@ def test_blocks_and_slots_of_one_that_ended_stay_until_its_last_step_is_collecte
     loop.cancel("a")
     assert loop.steps.scheduler.allocator.num_used == used
     assert loop.steps.has_work
+    assert not loop.steps.is_idle
     loop.step()
     assert loop.steps.scheduler.allocator.num_used == 0
     assert not loop.steps.has_work

@@ -29,7 +29,7 @@ class Launched:
     slots: frozenset[int]
     wants: Wants = NO_WANTS
     outcome: Outcome | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def is_computed(self) -> bool:
@@ -128,7 +128,7 @@ class AheadModel:
         try:
             logits = self.model.forward(replace(step.plan, token_ids=token_ids), step.cache, step.adapters)
             step.outcome = logits.finish(step.wants).result()
-        except Exception as error:  # noqa: BLE001 the step's, whoever asks for its outcome
+        except BaseException as error:  # noqa: BLE001 the step's, whoever asks for its outcome
             step.error = error
 
 

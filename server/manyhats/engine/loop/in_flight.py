@@ -43,7 +43,7 @@ class StepInFlight:
 
     def wait(self) -> None:
         """Wait for its end, whatever that is."""
-        with suppress(Exception):
+        with suppress(BaseException):
             self.pending.result()
 
     def stats(self, duration_s: float) -> StepStats:

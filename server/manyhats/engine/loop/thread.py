@@ -146,9 +146,9 @@ class Loop:
         try:
             while not self._is_stopping:
                 self._turn()
-            self.step.settle()
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
+        self.step.settle()  # before anybody takes back what it uses
         self.watch.stop()
         self.streams.end("the engine has ended" if self.failure is None else "the engine failed")
         if self.failure is not None:

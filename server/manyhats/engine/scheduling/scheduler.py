@@ -292,7 +292,7 @@ class Scheduler:
             sequence.num_computed_tokens += len(token_ids) - 1
             register_full_blocks(sequence, self.allocator)
         # What only drafts needed that did not come.
-        surplus = sequence.block_table[self.allocator.num_blocks_for(sequence.num_expected_tokens) :]
+        surplus = sequence.block_table[self.allocator.num_blocks_for(len(sequence.token_ids)) :]
         if surplus:
             del sequence.block_table[-len(surplus) :]
             self._in_flight.free(surplus)

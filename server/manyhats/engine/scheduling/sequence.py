@@ -84,7 +84,7 @@ class Sequence:
         num_launched_tokens: those after them that steps in flight compute; counted where the next step is scheduled
             before these are committed.
         num_unknown_tokens: those that steps in flight choose and later ones run; counted in the same case.
-        block_table: its blocks in order; while it runs, they cover all its tokens, unknown ones too.
+        block_table: its blocks in order; while it runs, they cover all its tokens.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were reclaimed.
         num_charged: first tokens that its task was charged for (``Shares``), or that it got without computing them.
