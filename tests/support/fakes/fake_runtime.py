@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.runtime import DeviceBytes
 from manyhats.engine.backends.cuda.wanted import Bytes
 
 POISON = 0xA5
@@ -115,9 +114,6 @@ class FakeRuntime:
         operation = self.launch(run, [source], [to], stream)
         if is_to_host:
             operation.deliver = lambda: np.copyto(target, found[0])
-
-    def num_bytes(self) -> DeviceBytes:
-        return DeviceBytes(1 << 20, 1 << 20)
 
     # What kernels and tests use
 

@@ -155,7 +155,9 @@ class CudaModel:
         adapters: CudaAdapterSlots,
     ) -> CudaLogits:
         graphs.use(cache, adapters)
-        uploads = self._of_shapes.setdefault(shape, Uploads(self._runtime))
+        uploads = self._of_shapes.get(shape)
+        if uploads is None:
+            uploads = self._of_shapes[shape] = Uploads(self._runtime)
         spare_cell = cache.spare_block * cache.block_size
         sent = self._plans.send_padded(plan, adapters, uploads, shape, spare_cell)
         if plan.block_copies:

@@ -1,4 +1,4 @@
-"""What CUDA gives besides kernels: streams, events, pinned memory, copies that nothing waits for, free memory.
+"""What CUDA gives besides kernels: streams, events, pinned memory, copies that nothing waits for.
 
 What is launched goes to the current stream unless another is named. Tests run the same code on a runtime that puts
 operations off and checks that no memory is read, written or freed too early.
@@ -7,7 +7,6 @@ operations off and checks that no memory is read, written or freed too early.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
@@ -55,14 +54,6 @@ class HostMemory(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceBytes:
-    """A device's memory, in bytes."""
-
-    free: int
-    total: int
-
-
 class Runtime(Protocol):
     """One device."""
 
@@ -85,10 +76,6 @@ class Runtime(Protocol):
 
     def copy(self, to: Tensor, source: Tensor, stream: Stream | None = None) -> None:
         """Launch a copy of as many bytes between the host's memory and the device's, in a stream or the current one."""
-        ...
-
-    def num_bytes(self) -> DeviceBytes:
-        """The device's memory, free and in all."""
         ...
 
 
@@ -132,10 +119,6 @@ class CudaRuntime:
         """As torch copies; what is not pinned is waited for."""
         with torch.cuda.stream(_stream_of(stream)):
             to.copy_(source, non_blocking=True)
-
-    def num_bytes(self) -> DeviceBytes:
-        """As the driver says."""
-        return DeviceBytes(*torch.cuda.mem_get_info(self.device))
 
 
 class _CudaStream:
@@ -185,10 +168,6 @@ class CpuRuntime:
     def copy(self, to: Tensor, source: Tensor, stream: Stream | None = None) -> None:
         """Done on return."""
         to.copy_(source)
-
-    def num_bytes(self) -> DeviceBytes:
-        """Unknown, and asked of devices with memory of their own alone."""
-        raise NotImplementedError("the CPU has no memory of its own")
 
 
 class _Done:
