@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class Served:
         for slot, deltas in enumerate(adapters, start=1):
             lowered = LoweredAdapter(str(slot), tuple(deltas), vocab_size=(vocab_sizes or {}).get(slot))
             self.slots.place(slot, self.slots.pack(lowered))
-            self.torch[slot] = oracle.pack(lowered)
+            self.torch[slot] = oracle.pack(placed(lowered))
 
     def rows(self, row_slots: Sequence[int]) -> AdapterRows:
         return AdapterRows.of(np.array(row_slots, np.int32))
@@ -82,6 +83,18 @@ class Served:
         for field in fields(work):
             getattr(work, field.name).fill_(NAN)
         return work
+
+
+def placed(value: Any) -> Any:
+    """The same with every tensor on the kernels' device, where oracles meet what kernels gave."""
+    if isinstance(value, Tensor):
+        return value.to(DEVICE)
+    if isinstance(value, tuple):
+        return tuple(placed(each) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: placed(getattr(value, field.name)) for field in fields(value) if field.init}
+        return replace(value, **changed)
+    return value
 
 
 def texts_of(starts: Sequence[int] | None) -> Texts:
@@ -132,7 +145,7 @@ def sublayer_of(
     found, texts = m.clone(), texts_of(starts)
     for row, slot in enumerate(row_slots):
         for delta in served.torch.get(slot, NOTHING).at(site, Bottleneck):
-            rows, mask = torch.tensor([row]), torch.ones(1, delta.down.shape[0])
+            rows, mask = torch.tensor([row]), torch.ones(1, delta.down.shape[0], device=r.device)
             gate = texts.gate(delta.gate, rows, partial(equations.bottleneck_input, delta, r, m, norm))
             if delta.ends is not None:
                 mask = texts.ends(delta.ends, rows, delta.down.shape[0])
