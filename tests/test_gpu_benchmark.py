@@ -32,8 +32,8 @@ from benchmarks.gpu.scale import CPU, GPU, TINY
 from benchmarks.gpu.stepping import Engine, open_launched, open_strict
 from torch import Tensor
 
-from manyhats.engine.backends.cuda import linear_tiles
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles
+from manyhats.engine.backends.cuda.linears import tiles as linear_tiles
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.wants import Outcome, Wants
 

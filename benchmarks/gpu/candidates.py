@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.model import random_nf4
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear, dense_linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import (
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear, dense_linear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear, nf4_dequantize, nf4_linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import (
     MAX_SPLITS,
     ROW_BUCKETS,
     LinearTiles,
@@ -20,7 +21,6 @@ from manyhats.engine.backends.cuda.linear_tiles import (
     default_splits,
     tiles_for,
 )
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear, nf4_dequantize, nf4_linear
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
 

@@ -139,8 +139,8 @@ def _launch_product(job: Job, sm: int) -> None:
 def launch_step(job: StepJob, sm: int) -> None:
     """Launch it on one layer, and on as many tokens as take the same number of parts of a row of logits."""
     from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
+    from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
     from manyhats.engine.backends.cuda.backend import LARGEST
-    from manyhats.engine.backends.cuda.cache import CudaKVCache
     from manyhats.engine.backends.cuda.model import CudaModel, Device
     from manyhats.engine.backends.cuda.runtime import runtime_on
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.checks.mixing import check_attention, check_cache, check_nor
 from benchmarks.gpu.compiling import Job, StepJob, compile_all
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import LLAMA_8B, Scale
-from manyhats.engine.backends.cuda.linear_tiles import DECODED_ROWS, tiles_for
+from manyhats.engine.backends.cuda.linears.tiles import DECODED_ROWS, tiles_for
 
 _CHECKS: tuple[Checks, ...] = (
     check_linears,

@@ -28,9 +28,9 @@ from benchmarks.gpu.candidates import (
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.timing import Timed, Timer
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear, dense_linear
-from manyhats.engine.backends.cuda.linear_tiles import tiles_for
-from manyhats.engine.backends.cuda.nf4_linear import nf4_dequantize
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear, dense_linear
+from manyhats.engine.backends.cuda.linears.nf4 import nf4_dequantize
+from manyhats.engine.backends.cuda.linears.tiles import tiles_for
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 
 _FEW_CALLS, _MANY_ROWS = 3, 512

@@ -1,4 +1,4 @@
-"""From the times of configurations to the table of the fastest, as the engine has it in ``linear_tiles.MEASURED``.
+"""From the times of configurations to the table of the fastest, as the engine has it in ``tiles.MEASURED``.
 
 A configuration whose bits do not hold is no choice. Of the ways to cut K, which decide the bits, a shape has one for
 all numbers of rows: the one with the least time over all that were measured.
@@ -14,7 +14,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.gpu.record import Found
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles, tiles_for
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles, tiles_for
 
 Key = tuple[Any, ...]
 """Of a candidate: shape, how K is cut, bucket, whether it is dense, and the tile."""
@@ -123,7 +123,7 @@ _NOTHING = "# Nothing was measured on a GPU, so there is nothing for MEASURED.\n
 
 
 def source(sm: int, found: Sequence[Chosen]) -> str:
-    """Python for ``linear_tiles.MEASURED``; buckets that were not measured have the rule's tiles."""
+    """Python for ``tiles.MEASURED``; buckets that were not measured have the rule's tiles."""
     entries = "".join(_entry(sm, each) for each in found)
     return f"MEASURED: Mapping[tuple[int, int, int], LinearTiles] = {{\n{entries}}}\n"
 

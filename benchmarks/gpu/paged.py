@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.attention import Parts, WorkOnDevice, attend
-from manyhats.engine.backends.cuda.attention_work import Tiling, work_of
+from manyhats.engine.backends.cuda.attention.attend import Parts, WorkOnDevice, attend
+from manyhats.engine.backends.cuda.attention.work import Tiling, work_of
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.model.architecture import Attention
 

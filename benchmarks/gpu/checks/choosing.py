@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.checks.check import Check, Place
-from manyhats.engine.backends.cuda.choosing import Choosing
-from manyhats.engine.backends.cuda.logits import DeviceLogits, Finisher
+from manyhats.engine.backends.cuda.choosing.choose import Choosing
+from manyhats.engine.backends.cuda.choosing.logits import DeviceLogits, Finisher
 from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.torch.choosing import choose_row
 from manyhats.engine.backends.wants import Targets, Wants

@@ -12,9 +12,9 @@ from benchmarks.gpu.checks.check import Check, Place, differing, off
 from benchmarks.gpu.model import random_nf4
 from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.engine.backends.cuda.activations import activate, scale_logits
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear, nf4_dequantize
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear, nf4_dequantize
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles
 from manyhats.engine.model.architecture import FeedForward, Head
 from manyhats.engine.model.forward import scaled_logits
 from manyhats.engine.model.weights import Linear

@@ -12,9 +12,9 @@ from torch.nn import functional
 from benchmarks.gpu.checks.check import Check, Place, differing, off
 from benchmarks.gpu.model import config_of
 from benchmarks.gpu.paged import AttentionStep, Chunk, Texts, num_lanes_of
-from manyhats.engine.backends.cuda.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.rotary import rotate_and_store
 from manyhats.engine.backends.cuda.norms import add_norm, norm
-from manyhats.engine.backends.cuda.rotary import rotate_and_store
 from manyhats.engine.backends.torch.rotation import rotated
 from manyhats.engine.model.architecture import Architecture, Attention, Norm
 from manyhats.engine.model.families.reading import read_family

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.wanted import Bytes
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes
 
 POISON = 0xA5
 Touched = tuple[int, int, bool]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.choosing import Choosing, Tiles
-from manyhats.engine.backends.cuda.logits import DeviceLogits, Finisher
+from manyhats.engine.backends.cuda.choosing.choose import Choosing, Tiles
+from manyhats.engine.backends.cuda.choosing.logits import DeviceLogits, Finisher
 from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.torch.choosing import choose_row
 from manyhats.engine.backends.wants import NO_TARGETS, Choices, Outcome, Targets, Wants

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.linear_tiles import ROW_BUCKETS, LinearTiles, RowTiles
+from manyhats.engine.backends.cuda.linears.tiles import ROW_BUCKETS, LinearTiles, RowTiles
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
 from support.gpu.interpreter import DEVICE

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.attention import Parts, PrefixGates, WorkOnDevice, attend
-from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
+from manyhats.engine.backends.cuda.attention.attend import Parts, PrefixGates, WorkOnDevice, attend
+from manyhats.engine.backends.cuda.attention.work import Tiling, Work, work_of
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.backends.torch.model import attended
 from manyhats.engine.model.architecture import Attention

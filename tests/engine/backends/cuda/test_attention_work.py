@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
+from manyhats.engine.backends.cuda.attention.work import Tiling, Work, work_of
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.model.architecture import Attention
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.engine.backends.cuda.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.model.architecture import Architecture
 from support.factories.architectures import make_architecture, make_attention

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.attention import Parts, WorkOnDevice, attend
-from manyhats.engine.backends.cuda.attention_work import Tiling, work_of
-from manyhats.engine.backends.cuda.cache import CudaKVCache
-from manyhats.engine.backends.cuda.rotary import rotate_and_store
+from manyhats.engine.backends.cuda.attention.attend import Parts, WorkOnDevice, attend
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.rotary import rotate_and_store
+from manyhats.engine.backends.cuda.attention.work import Tiling, work_of
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.model import attended, rotated

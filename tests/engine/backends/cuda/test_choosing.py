@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.gpu.interpreter import DEVICE  # isort: skip  kernels are imported after it
-from manyhats.engine.backends.cuda.choosing import Choosing, Tiles
+from manyhats.engine.backends.cuda.choosing.choose import Choosing, Tiles
 from manyhats.engine.backends.wants import Outcome
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.penalties import NO_EDITS, Edits, LogitChanges

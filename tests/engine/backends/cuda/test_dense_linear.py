@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear, dense_linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear, dense_linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles
 from manyhats.engine.model.weights import Linear
 from support.gpu.compiling import faults_of
 from support.gpu.interpreter import DEVICE

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from support.gpu.interpreter import DEVICE  # isort: skip  kernels are imported after it
-from manyhats.engine.backends.cuda import choosing as launching
-from manyhats.engine.backends.cuda.choosing import AtMost, Tiles
-from manyhats.engine.backends.cuda.logits import DeviceLogits
-from manyhats.engine.backends.cuda.wanted import Found, Pairs, Upload
+from manyhats.engine.backends.cuda.choosing import choose as launching
+from manyhats.engine.backends.cuda.choosing.choose import AtMost, Tiles
+from manyhats.engine.backends.cuda.choosing.logits import DeviceLogits
+from manyhats.engine.backends.cuda.choosing.wanted import Found, Pairs, Upload
 from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.backends.wants import NO_WANTS, Outcome, Targets, TokenLogprob, Wants

@@ -16,10 +16,10 @@ from manyhats.adapters.primitives import Delta, LowRank
 from manyhats.adapters.sites import ROUTER, Site, expert_linear
 from manyhats.engine.backends.cuda.adapters.experts import change_experts
 from manyhats.engine.backends.cuda.adapters.segments import SEGMENT_ROWS
-from manyhats.engine.backends.cuda.expert_linear import ExpertLinears, pack_experts
-from manyhats.engine.backends.cuda.expert_linear import expert_linear as run_linear
-from manyhats.engine.backends.cuda.experts import MixtureBuffers, mix, pack_mixture
-from manyhats.engine.backends.cuda.routing import SortedPairs, sort_pairs
+from manyhats.engine.backends.cuda.experts.linear import ExpertLinears, pack_experts
+from manyhats.engine.backends.cuda.experts.linear import expert_linear as run_linear
+from manyhats.engine.backends.cuda.experts.mixture import MixtureBuffers, mix, pack_mixture
+from manyhats.engine.backends.cuda.experts.routing import SortedPairs, sort_pairs
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Experts
 from manyhats.engine.model.forward import routed

@@ -17,7 +17,7 @@ from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, De
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters import bottlenecks, deltas
 from manyhats.engine.backends.cuda.adapters.gates import find_gates
-from manyhats.engine.backends.cuda.attention import PrefixGates
+from manyhats.engine.backends.cuda.attention.attend import PrefixGates
 from support.gpu.adapters import Served, normal, odd_architecture, off, outputs_of, sublayer_of
 from support.gpu.no_sync import no_sync
 

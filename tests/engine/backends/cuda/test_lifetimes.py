@@ -16,9 +16,9 @@ from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.memory import ArenaMemory
 from manyhats.engine.backends.cuda.adapters.packed import PackedAdapter
 from manyhats.engine.backends.cuda.arena import ALIGNMENT
+from manyhats.engine.backends.cuda.choosing.logits import Finisher
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes
 from manyhats.engine.backends.cuda.exchange import Exchange
-from manyhats.engine.backends.cuda.logits import Finisher
-from manyhats.engine.backends.cuda.wanted import Bytes
 from manyhats.engine.residency import tiers
 from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter
 from support.fakes.adapter_memory import Copier

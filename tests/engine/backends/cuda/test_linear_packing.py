@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear
-from manyhats.engine.backends.cuda.linear import LinearWorkspace, linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear, repacked
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear
+from manyhats.engine.backends.cuda.linears.linear import LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear, repacked
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.weights import Linear
 from support.gpu.interpreter import DEVICE

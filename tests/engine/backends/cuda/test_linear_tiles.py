@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.engine.backends.cuda.linear_tiles import (
+from manyhats.engine.backends.cuda.linears.tiles import (
     MEASURED,
     ROW_BUCKETS,
     LinearTiles,

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear, dense_linear
-from manyhats.engine.backends.cuda.linear import LinearWorkspace, linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import ROW_BUCKETS, RowTiles
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear, nf4_dequantize, nf4_linear
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear, dense_linear
+from manyhats.engine.backends.cuda.linears.linear import LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear, nf4_dequantize, nf4_linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import ROW_BUCKETS, RowTiles
 from support.gpu.compiling import faults_of
 from support.gpu.interpreter import DEVICE
 from support.gpu.linears import all_alike, definition, inputs, nf4_linears, poisoned, rounded

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.rotary import rotate_and_store
+from manyhats.engine.backends.cuda.attention.rotary import rotate_and_store
 from manyhats.engine.backends.torch.model import rotated
 from manyhats.engine.model.architecture import Attention, Norm, Rope
 from manyhats.engine.model.rotary import RotaryTables

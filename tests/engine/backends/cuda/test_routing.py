@@ -11,7 +11,13 @@ from torch import Tensor
 
 from support.gpu.interpreter import DEVICE  # isort: skip
 
-from manyhats.engine.backends.cuda.routing import SortedPairs, choose_experts, combine, route, sort_pairs
+from manyhats.engine.backends.cuda.experts.routing import (
+    SortedPairs,
+    choose_experts,
+    combine,
+    route,
+    sort_pairs,
+)
 from manyhats.engine.model.architecture import Experts
 from manyhats.engine.model.forward import routed
 from support.gpu.adapters import Served, normal

@@ -12,8 +12,8 @@ from manyhats.adapters.primitives import Delta, InputScale, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cuda.adapters import scaling
 from manyhats.engine.backends.cuda.adapters.deltas import change_outputs, scale_inputs
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
 from manyhats.engine.model.weights import Linear
 from support.gpu.adapters import Served, normal, off, outputs_of
 from support.gpu.linears import poisoned, rounded

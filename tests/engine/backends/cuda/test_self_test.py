@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cuda import self_test
-from manyhats.engine.backends.cuda.expert_linear import ExpertLinears, expert_linear, pack_experts
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles
-from manyhats.engine.backends.cuda.routing import SortedPairs
+from manyhats.engine.backends.cuda.experts.linear import ExpertLinears, expert_linear, pack_experts
+from manyhats.engine.backends.cuda.experts.routing import SortedPairs
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.model.weights import Linear

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.attention import OPTIONS, constants_of
-from manyhats.engine.backends.cuda.attention_work import Tiling
+from manyhats.engine.backends.cuda.attention.attend import OPTIONS, constants_of
+from manyhats.engine.backends.cuda.attention.work import Tiling
 from manyhats.engine.backends.cuda.triton.attention import attend, combine
 from manyhats.engine.model.architecture import Attention
 from support.gpu.compiling import Entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.choosing import Tiles
+from manyhats.engine.backends.cuda.choosing.choose import Tiles
 from manyhats.engine.backends.cuda.triton.choosing import choose, gather, weigh
 from manyhats.engine.backends.cuda.triton.logprobs import logprobs
 from manyhats.engine.backends.cuda.triton.survey import survey

@@ -5,7 +5,7 @@ With a K that no step divides, a head's shape, and the kernel that adds the sums
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.linear_tiles import tiles_for
+from manyhats.engine.backends.cuda.linears.tiles import tiles_for
 from manyhats.engine.backends.cuda.triton.dense_linear import dense_linear
 from manyhats.engine.backends.cuda.triton.reduce_splits import reduce_splits
 from support.gpu.compiling import Entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.linear_tiles import BLOCK, RowTiles, tiles_for
+from manyhats.engine.backends.cuda.linears.tiles import BLOCK, RowTiles, tiles_for
 from manyhats.engine.backends.cuda.triton import expert_deltas, expert_linear, routing
 from support.gpu.compiling import Entry
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from manyhats.engine.backends.cuda.linear_tiles import RowTiles, tiles_for
+from manyhats.engine.backends.cuda.linears.tiles import RowTiles, tiles_for
 from manyhats.engine.backends.cuda.triton.nf4_linear import nf4_dequantize, nf4_linear
 from support.gpu.compiling import Entry
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.engine.backends.cuda.rotary import constants_of
+from manyhats.engine.backends.cuda.attention.rotary import constants_of
 from manyhats.engine.backends.cuda.triton.rotary import rotate_and_store
 from manyhats.engine.model.architecture import Attention, Norm, Rope
 from support.gpu.compiling import Entry

@@ -6,7 +6,7 @@ import torch
 
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
-from manyhats.engine.backends.cuda.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
 from manyhats.engine.backends.cuda.graphs import Capture, CapturingOnGpu
 from manyhats.engine.backends.cuda.model import CudaModel, Device
 from manyhats.engine.backends.cuda.runtime import runtime_on

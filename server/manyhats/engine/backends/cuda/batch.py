@@ -11,8 +11,8 @@ from torch import Tensor
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, arrays_of
-from manyhats.engine.backends.cuda.attention import WorkOnDevice
-from manyhats.engine.backends.cuda.attention_work import Tiling, Work, work_of
+from manyhats.engine.backends.cuda.attention.attend import WorkOnDevice
+from manyhats.engine.backends.cuda.attention.work import Tiling, Work, work_of
 from manyhats.engine.backends.cuda.graphs import Shape
 from manyhats.engine.backends.cuda.upload import Uploads, Views
 from manyhats.engine.backends.plan import NO_ADAPTER_ROWS, AdapterRows, StepPlan, int32

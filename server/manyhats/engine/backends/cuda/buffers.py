@@ -10,9 +10,9 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.step import Workspace
-from manyhats.engine.backends.cuda.attention import Parts
-from manyhats.engine.backends.cuda.experts import MixtureBuffers
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace
+from manyhats.engine.backends.cuda.attention.attend import Parts
+from manyhats.engine.backends.cuda.experts.mixture import MixtureBuffers
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace
 from manyhats.engine.model.architecture import Architecture
 
 

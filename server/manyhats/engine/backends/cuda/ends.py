@@ -13,7 +13,7 @@ from manyhats.engine.backends.cuda.adapters.group import run_group
 from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
 from manyhats.engine.backends.cuda.batch import Batch, OwnVocabulary
 from manyhats.engine.backends.cuda.buffers import Buffers
-from manyhats.engine.backends.cuda.linear import linear
+from manyhats.engine.backends.cuda.linears.linear import linear
 from manyhats.engine.backends.cuda.norms import norm
 from manyhats.engine.backends.cuda.weights import CudaWeights
 from manyhats.engine.backends.own_logits import OwnRows, resized

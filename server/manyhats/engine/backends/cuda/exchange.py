@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes
 from manyhats.engine.backends.cuda.runtime import Runtime
-from manyhats.engine.backends.cuda.wanted import Bytes
 
 
 def grown(num_bytes: int) -> int:

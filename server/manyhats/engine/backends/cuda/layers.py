@@ -15,14 +15,14 @@ from manyhats.engine.backends.cuda.adapters.bottlenecks import (
 )
 from manyhats.engine.backends.cuda.adapters.group import run_group
 from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
-from manyhats.engine.backends.cuda.attention import PrefixGates, attend
+from manyhats.engine.backends.cuda.attention.attend import PrefixGates, attend
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.rotary import rotate_and_store
 from manyhats.engine.backends.cuda.batch import Batch, Lanes, sees
 from manyhats.engine.backends.cuda.buffers import Buffers
-from manyhats.engine.backends.cuda.cache import CudaKVCache
-from manyhats.engine.backends.cuda.experts import mix
+from manyhats.engine.backends.cuda.experts.mixture import mix
 from manyhats.engine.backends.cuda.norms import add_norm, norm
 from manyhats.engine.backends.cuda.record import StreamNorm
-from manyhats.engine.backends.cuda.rotary import rotate_and_store
 from manyhats.engine.backends.cuda.weights import CudaWeights, LayerWeights
 from manyhats.engine.model.architecture import Architecture, Around, Block, Norm
 from manyhats.engine.model.weights import NormWeight

@@ -11,15 +11,20 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.layout import LargestSizes, RecordLayout
 from manyhats.engine.backends.cuda.adapters.slots import CudaAdapterSlots
-from manyhats.engine.backends.cuda.attention_work import Tiling
+from manyhats.engine.backends.cuda.attention.cache import CudaKVCache
+from manyhats.engine.backends.cuda.attention.work import Tiling
 from manyhats.engine.backends.cuda.batch import Batch, Lanes, Plans
 from manyhats.engine.backends.cuda.buffers import Buffers
-from manyhats.engine.backends.cuda.cache import CudaKVCache
-from manyhats.engine.backends.cuda.choosing import Choosing
+from manyhats.engine.backends.cuda.choosing.choose import Choosing
+from manyhats.engine.backends.cuda.choosing.logits import (
+    DeviceLogits,
+    DevicePending,
+    Finisher,
+    on_device,
+)
 from manyhats.engine.backends.cuda.ends import Ends
 from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_plan, decode_rows
 from manyhats.engine.backends.cuda.layers import Layers
-from manyhats.engine.backends.cuda.logits import DeviceLogits, DevicePending, Finisher, on_device
 from manyhats.engine.backends.cuda.runtime import Runtime
 from manyhats.engine.backends.cuda.self_test import check_experts, check_linears
 from manyhats.engine.backends.cuda.upload import Uploads

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.wanted import Bytes
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes
 
 
 class Event(Protocol):

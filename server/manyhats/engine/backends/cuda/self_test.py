@@ -11,12 +11,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear
-from manyhats.engine.backends.cuda.expert_linear import ExpertLinears, expert_linear
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
-from manyhats.engine.backends.cuda.linear_tiles import ROW_BUCKETS
-from manyhats.engine.backends.cuda.nf4_linear import nf4_dequantize
-from manyhats.engine.backends.cuda.routing import SortedPairs, sort_pairs
+from manyhats.engine.backends.cuda.experts.linear import ExpertLinears, expert_linear
+from manyhats.engine.backends.cuda.experts.routing import SortedPairs, sort_pairs
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.nf4 import nf4_dequantize
+from manyhats.engine.backends.cuda.linears.tiles import ROW_BUCKETS
 from manyhats.engine.errors import ModelError
 
 _NUM_ROWS = 20

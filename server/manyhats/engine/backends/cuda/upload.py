@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhats.engine.backends.cuda.choosing.wanted import Field, fields_of
 from manyhats.engine.backends.cuda.exchange import HostBytes, grown
 from manyhats.engine.backends.cuda.runtime import Event, Runtime
-from manyhats.engine.backends.cuda.wanted import Field, fields_of
 from manyhats.engine.backends.wants import Array
 
 _DTYPES = {

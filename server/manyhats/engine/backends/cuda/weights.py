@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from manyhats.adapters.sites import ROUTER
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear
-from manyhats.engine.backends.cuda.expert_linear import ExpertLinears
-from manyhats.engine.backends.cuda.experts import Mixture, pack_mixture
-from manyhats.engine.backends.cuda.linear import CudaLinear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
+from manyhats.engine.backends.cuda.experts.linear import ExpertLinears
+from manyhats.engine.backends.cuda.experts.mixture import Mixture, pack_mixture
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
 from manyhats.engine.model.architecture import Architecture, Block, Rope
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables

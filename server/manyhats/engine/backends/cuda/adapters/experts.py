@@ -12,8 +12,8 @@ from manyhats.engine.backends.cuda.adapters.step import (
     Workspace,
     rank_tiles,
 )
+from manyhats.engine.backends.cuda.experts.routing import SortedPairs
 from manyhats.engine.backends.cuda.record import EXPERT_MEMBERS
-from manyhats.engine.backends.cuda.routing import SortedPairs
 from manyhats.engine.backends.cuda.triton import expert_deltas
 
 _OUTPUT_TILE = 128

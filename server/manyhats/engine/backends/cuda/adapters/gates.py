@@ -6,7 +6,7 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.layout import PREFIX, GroupPlace
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
-from manyhats.engine.backends.cuda.attention import PrefixGates
+from manyhats.engine.backends.cuda.attention.attend import PrefixGates
 from manyhats.engine.backends.cuda.record import LinearWord, PrefixWord
 from manyhats.engine.backends.cuda.triton import gates
 

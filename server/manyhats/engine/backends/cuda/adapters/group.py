@@ -9,8 +9,8 @@ from manyhats.engine.backends.cuda.adapters.gates import find_gates
 from manyhats.engine.backends.cuda.adapters.layout import GroupPlace
 from manyhats.engine.backends.cuda.adapters.scaling import rescale_members
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace
-from manyhats.engine.backends.cuda.attention import PrefixGates
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
+from manyhats.engine.backends.cuda.attention.attend import PrefixGates
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace, linear
 
 
 def run_group(

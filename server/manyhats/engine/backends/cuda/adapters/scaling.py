@@ -6,7 +6,7 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.layout import GroupPlace
 from manyhats.engine.backends.cuda.adapters.step import SCALED_ROWS, StepAdapters, Workspace
-from manyhats.engine.backends.cuda.linear import CudaLinear, LinearWorkspace, linear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear, LinearWorkspace, linear
 from manyhats.engine.backends.cuda.record import LinearWord
 from manyhats.engine.backends.cuda.triton import scaling
 

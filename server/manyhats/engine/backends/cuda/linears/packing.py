@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear
-from manyhats.engine.backends.cuda.linear import CudaLinear
-from manyhats.engine.backends.cuda.linear_tiles import LinearTiles, tiles_for
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear
+from manyhats.engine.backends.cuda.linears.tiles import LinearTiles, tiles_for
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 from manyhats.engine.model.weights import Linear, Matrix

@@ -15,8 +15,14 @@ from manyhats.engine.backends.cuda.adapters.experts import change_experts
 from manyhats.engine.backends.cuda.adapters.layout import RecordLayout
 from manyhats.engine.backends.cuda.adapters.segments import SEGMENT_ROWS
 from manyhats.engine.backends.cuda.adapters.step import StepAdapters, Workspace, split_of
-from manyhats.engine.backends.cuda.expert_linear import ExpertLinears, expert_linear, pack_experts
-from manyhats.engine.backends.cuda.routing import SortedPairs, choose_experts, combine, route, sort_pairs
+from manyhats.engine.backends.cuda.experts.linear import ExpertLinears, expert_linear, pack_experts
+from manyhats.engine.backends.cuda.experts.routing import (
+    SortedPairs,
+    choose_experts,
+    combine,
+    route,
+    sort_pairs,
+)
 from manyhats.engine.model.architecture import Block, Experts, FeedForward, Group
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.linear_tiles import LinearTiles, RowTiles
+from manyhats.engine.backends.cuda.linears.tiles import LinearTiles, RowTiles
 from manyhats.engine.backends.cuda.triton.reduce_splits import reduce_splits
 
 _REDUCED = 512

@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear
-from manyhats.engine.backends.cuda.linear import CudaLinear
-from manyhats.engine.backends.cuda.linear_packing import pack_linear
-from manyhats.engine.backends.cuda.linear_tiles import BLOCK, RowTiles, bucket_of
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear
-from manyhats.engine.backends.cuda.routing import SortedPairs
+from manyhats.engine.backends.cuda.experts.routing import SortedPairs
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear
+from manyhats.engine.backends.cuda.linears.linear import CudaLinear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear
+from manyhats.engine.backends.cuda.linears.packing import pack_linear
+from manyhats.engine.backends.cuda.linears.tiles import BLOCK, RowTiles, bucket_of
 from manyhats.engine.backends.cuda.triton.expert_linear import dense_experts, nf4_experts
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight

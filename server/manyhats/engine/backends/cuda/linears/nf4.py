@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.linear_launch import launch
-from manyhats.engine.backends.cuda.linear_tiles import BLOCK, LinearTiles, bucket_of
+from manyhats.engine.backends.cuda.linears.launch import launch
+from manyhats.engine.backends.cuda.linears.tiles import BLOCK, LinearTiles, bucket_of
 from manyhats.engine.backends.cuda.triton.nf4_linear import nf4_dequantize as dequantizing_kernel
 from manyhats.engine.backends.cuda.triton.nf4_linear import nf4_linear as kernel
 

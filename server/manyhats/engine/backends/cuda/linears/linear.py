@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.dense_linear import DenseLinear, dense_linear
-from manyhats.engine.backends.cuda.nf4_linear import Nf4Linear, nf4_dequantize, nf4_linear
+from manyhats.engine.backends.cuda.linears.dense import DenseLinear, dense_linear
+from manyhats.engine.backends.cuda.linears.nf4 import Nf4Linear, nf4_dequantize, nf4_linear
 
 CudaLinear = DenseLinear | Nf4Linear
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.linear_launch import launch
-from manyhats.engine.backends.cuda.linear_tiles import LinearTiles, bucket_of
+from manyhats.engine.backends.cuda.linears.launch import launch
+from manyhats.engine.backends.cuda.linears.tiles import LinearTiles, bucket_of
 from manyhats.engine.backends.cuda.triton.dense_linear import dense_linear as kernel
 
 

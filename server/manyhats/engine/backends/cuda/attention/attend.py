@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manyhats.engine.backends.cuda.attention_work import Tiling
+from manyhats.engine.backends.cuda.attention.work import Tiling
 from manyhats.engine.backends.cuda.triton import attention as kernels
 from manyhats.engine.model.architecture import Attention
 

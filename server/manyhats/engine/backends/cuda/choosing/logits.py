@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cuda.choosing import AtMost, Choosing
+from manyhats.engine.backends.cuda.choosing.choose import AtMost, Choosing
+from manyhats.engine.backends.cuda.choosing.outcome import outcome_of
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes, Field, Found, Pairs, Upload
 from manyhats.engine.backends.cuda.exchange import Exchange, grown
-from manyhats.engine.backends.cuda.outcome import outcome_of
 from manyhats.engine.backends.cuda.runtime import Runtime
-from manyhats.engine.backends.cuda.wanted import Bytes, Field, Found, Pairs, Upload
 from manyhats.engine.backends.wants import Outcome, Wants, check_ids
 
 ReadT = TypeVar("ReadT")

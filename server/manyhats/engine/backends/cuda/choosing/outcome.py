@@ -6,7 +6,7 @@ from array import array
 
 import numpy as np
 
-from manyhats.engine.backends.cuda.wanted import Bytes, Found, Pairs
+from manyhats.engine.backends.cuda.choosing.wanted import Bytes, Found, Pairs
 from manyhats.engine.backends.wants import Outcome, Token, TokenLogprob
 
 

@@ -1,0 +1,1 @@
+"""Attention over paged keys and values, and the way into the cache."""

@@ -1,0 +1,1 @@
+"""From logits on the device to tokens and log-probabilities."""
