@@ -112,6 +112,12 @@ class _FreeLogits:
         return Finished(Outcome(tokens=tokens, targets=[], whole=no_rows, bad_rows=frozenset()))
 
 
+class _NoAdapters:
+    """Slots that nothing is placed in."""
+
+    memory = None
+
+
 class FreeBackend:
     """A backend, and its model, that compute nothing in the time that a pace says."""
 
@@ -131,7 +137,8 @@ class FreeBackend:
     def new_cache(self, architecture: Any, block_size: int, dtype: str, num_bytes: int | None) -> _FreeCache:
         return _FreeCache(1024, block_size)
 
-    def new_adapters(self, architecture: Any, num_slots: int, dtype: str) -> None: ...
+    def new_adapters(self, architecture: Any, num_slots: int, dtype: str) -> _NoAdapters:
+        return _NoAdapters()
 
     def start_thread(self) -> None: ...
 

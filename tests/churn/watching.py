@@ -44,16 +44,16 @@ class Ends:
     def watch(self, engine: Engine) -> None:
         """See every event on its way to its stream."""
         streams: Any = engine.loop.streams
-        publish: Callable[[list[Event]], bool] = streams.publish
+        publish: Callable[..., bool] = streams.publish
         over: set[str] = set()
 
-        def watched(events: list[Event]) -> bool:
+        def watched(events: list[Event], **options: bool) -> bool:
             for event in events:
                 self.told["after the end"] += event.job_id in over
                 if event.is_last:
                     over.add(event.job_id)
                     self.told["ends"] += 1
-            return publish(events)
+            return publish(events, **options)
 
         streams.publish = watched
 

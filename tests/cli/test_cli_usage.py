@@ -241,7 +241,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
         param.name: param.show_default for param in command.params if isinstance(param.show_default, str)
     }
     computed = {"max_context_length", "store", "catalogue", "store_cache", "metrics_port"}
-    computed |= {"insecure", "http_insecure", "openai_lenient", "page", "kv_cache_bytes"}
+    computed |= {"insecure", "http_insecure", "openai_lenient", "page", "kv_cache_bytes", "gpu_adapter_bytes"}
     unbounded = {name: "no limit" for name in shown if shown[name] == "no limit"}
     assert all(getattr(config, name) is None for name in unbounded)
     computed |= unbounded.keys()

@@ -179,9 +179,12 @@ def scheduler_config(config: EngineConfig, architecture: Architecture) -> Schedu
 
 
 def limits_of(config: EngineConfig, architecture: Architecture) -> Limits:
-    """What a backend may be asked for."""
+    """What a backend may be asked for; an encoder's text is run whole, however long."""
+    scheduler = scheduler_config(config, architecture)
+    longest = architecture.max_context_length if architecture.attention.sees_all else 1
     return Limits(
-        max_rows=scheduler_config(config, architecture).max_num_batched_tokens,
+        max_rows=max(scheduler.max_num_batched_tokens, longest),
+        max_draft_rows=scheduler.max_draft_rows,
         max_sequences=config.max_num_sequences,
         adapter_bytes=_gpu_adapter_bytes(config),
         memory_fraction=config.gpu_memory_fraction,

@@ -12,6 +12,7 @@ class Limits:
     Attributes:
         max_rows: of a step.
         max_sequences: that run at once.
+        max_draft_rows: rows up to which drafts may fill a step, each of which chooses a token.
         adapter_bytes: of the device's memory, for the adapters in its slots.
         memory_fraction: of the device's memory.
     """
@@ -20,3 +21,9 @@ class Limits:
     max_sequences: int
     adapter_bytes: int
     memory_fraction: float
+    max_draft_rows: int = 0
+
+    @property
+    def max_choices(self) -> int:
+        """Tokens that a step may choose."""
+        return max(self.max_sequences, self.max_draft_rows)

@@ -66,10 +66,14 @@ def every_primitive(architecture: Architecture) -> LoweredAdapter:
         activation="relu",
         scale=torch.ones(1),
     )
-    linear = Site(0, first.name)
-    affine = Affine(linear, torch.ones(d_out), None)
-    low_rank = LowRank(linear, torch.zeros(1, d_in), torch.zeros(d_out, 1), 1.0)
-    return LoweredAdapter("", (affine, low_rank, bottleneck))
+    block = architecture.blocks[0]
+    fed = block.feed_forward_groups() if block.feed_forward.experts is None else ()
+    linears = [group.members[0] for group in (*block.attention_groups(), *fed)]
+    low_ranks = [
+        LowRank(Site(0, each.name), torch.zeros(1, each.d_in), torch.zeros(each.d_out, 1), 1.0)
+        for each in linears
+    ]
+    return LoweredAdapter("", (Affine(Site(0, first.name), torch.ones(d_out), None), *low_ranks, bottleneck))
 
 
 def every_filter() -> Wants:

@@ -169,7 +169,7 @@ def test_kernels_launched_for_more_than_is_wanted_find_the_same() -> None:
     wants = wants_of(ROWS, V, targets((2, 4, 3)))
     pairs = Pairs.of(wants, V)
     of_model = finisher(V, SMALL)
-    num_parts = of_model.choosing.num_parts
+    num_parts = of_model.choosing.num_parts(V)
     found = Found.of(wants, pairs, (3, num_parts), V, (0, 0))
     of_model.upload(Upload.of(wants, pairs, found, 3, V))
     buffers = []

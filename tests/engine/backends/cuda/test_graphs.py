@@ -14,7 +14,8 @@ import torch
 
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.backend import CudaBackend
-from manyhats.engine.backends.cuda.graphs import MAX_COPIES, ROWS, Capture, Graph, Graphs, Shape
+from manyhats.engine.backends.cuda.graphs import MAX_COPIES, MAX_SHAPES, ROWS, Capture, Graph, Graphs, Shape
+from manyhats.engine.backends.cuda.runtime import runtime_on
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.backends.wants import NO_TARGETS, Wants
@@ -27,6 +28,15 @@ from support.gpu.recording import Recorder
 from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids, random_lora
 
 LIMITS = Limits(max_rows=32, max_sequences=8, adapter_bytes=4 << 20, memory_fraction=0.9)
+
+
+RUNTIME = runtime_on(torch.device(DEVICE))
+
+
+def run_shape(graphs: Graphs, rows: int, launch: Callable[[], None]) -> None:
+    shape = Shape(rows, 1, 64, Acting())
+    graphs.uploads(shape)
+    graphs.run(shape, launch)
 
 
 @pytest.fixture(scope="module")
@@ -117,21 +127,48 @@ def test_what_cannot_be_recorded_goes_on_being_launched() -> None:
     def refuse(launch: Callable[[], None]) -> Graph:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphs, launched = Graphs(refuse), []
-    shape = Shape(1, 1, 64, Acting())
+    graphs, launched = Graphs(refuse, RUNTIME), []
     for step in range(4):
-        graphs.run(shape, lambda step=step: launched.append(step))  # type: ignore[misc]
+        run_shape(graphs, 1, lambda step=step: launched.append(step))  # type: ignore[misc]
     assert launched == [0, 1, 2, 3]
     assert graphs.num_replays == 0
 
 
+def test_after_a_few_failures_nothing_more_is_recorded() -> None:
+    asked = []
+
+    def refuse(launch: Callable[[], None]) -> Graph:
+        asked.append(launch)
+        raise RuntimeError("out of memory")
+
+    graphs = Graphs(refuse, RUNTIME)
+    for rows in range(1, 9):
+        for _ in range(3):
+            run_shape(graphs, rows, lambda: None)
+    assert len(asked) == 3
+
+
+def test_the_shape_that_no_step_had_for_the_longest_makes_room() -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder, RUNTIME)
+    for rows in range(1, MAX_SHAPES + 2):  # one more than there is room for: the first goes
+        for _ in range(2):
+            run_shape(graphs, rows, lambda: None)
+    assert len(recorder.graphs) == MAX_SHAPES + 1
+    run_shape(graphs, 2, lambda: None)
+    assert len(recorder.graphs) == MAX_SHAPES + 1, "is still there"
+    for _ in range(2):
+        run_shape(graphs, 1, lambda: None)
+    assert len(recorder.graphs) == MAX_SHAPES + 2, "was recorded anew"
+
+
 def test_graphs_of_other_memory_are_not_replayed() -> None:
     recorder, first, second = Recorder(), object(), object()
-    graphs, shape = Graphs(recorder), Shape(1, 1, 64, Acting())
+    graphs = Graphs(recorder, RUNTIME)
     for memory, count in ((first, 3), (second, 1), (first, 1)):
         for _ in range(count):
             graphs.use(memory)
-            graphs.run(shape, lambda: None)
+            run_shape(graphs, 1, lambda: None)
     assert (len(recorder.graphs), graphs.num_replays) == (1, 2)
 
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import support.gpu.interpreter  # noqa: F401  isort: skip
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 
 from manyhats.engine.backends.cuda import backend as kernels
 from manyhats.engine.backends.cuda.backend import CudaBackend
+from manyhats.engine.backends.cuda.failures import launching
 from manyhats.engine.backends.limits import Limits
-from manyhats.engine.backends.memory import run_largest
+from manyhats.engine.backends.memory import largest_plan, run_largest
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.backends.torch.backend import TorchBackend
-from manyhats.engine.errors import ModelError
+from manyhats.engine.config import EngineConfig, limits_of
+from manyhats.engine.errors import EngineDeadError, ModelError
+from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import load_tiny
 
@@ -65,3 +71,42 @@ def test_the_largest_step_runs_and_has_all_results(tmp_path: Path) -> None:
     assert not found.bad_rows
     with pytest.raises(ModelError, match="the KV cache needs a size"):
         backend.new_cache(model.architecture, 16, "bfloat16", None)
+
+
+def test_an_encoders_longest_text_has_room_and_a_larger_step_is_refused(tmp_path: Path) -> None:
+    encoder = load_tiny(make_encoder(tmp_path / "encoder"))
+    config = EngineConfig(max_num_batched_tokens=2, max_num_sequences=2)
+    limits = limits_of(config, encoder.architecture)
+    assert limits.max_rows == encoder.architecture.max_context_length
+    assert limits.max_choices == config.scheduler.max_draft_rows
+    prepared = CudaBackend("cpu", LIMITS).prepare(encoder.architecture, encoder.weights)
+    plan = largest_plan(replace(LIMITS, max_rows=19), 16, encoder.architecture)
+    cache = CudaBackend("cpu", LIMITS).new_cache(encoder.architecture, 16, "bfloat16", 1 << 16)
+    slots = CudaBackend("cpu", LIMITS).new_adapters(encoder.architecture, 1, "bfloat16")
+    with pytest.raises(ValueError, match="19 rows, and memory for 18"):
+        prepared.forward(plan, cache, slots)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("CUDA error: out of memory", torch.AcceleratorError), ("an illegal memory access", EngineDeadError)],
+)
+def test_a_devices_error_ends_the_engine_unless_memory_ran_out(
+    message: str, expected: type[Exception]
+) -> None:
+    waited = []
+
+    class Event:
+        def record(self) -> None:
+            waited.append("recorded")
+
+        def synchronize(self) -> None:
+            waited.append("waited")
+
+    class Runtime:
+        def new_event(self) -> Event:
+            return Event()
+
+    with pytest.raises(expected), launching(cast(Any, Runtime())):
+        raise torch.AcceleratorError(message)
+    assert waited == ["recorded", "waited"]

@@ -6,7 +6,9 @@ step's are in no work, and write to a block that no sequence has.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +18,8 @@ import torch
 
 from manyhats.engine.backends.cuda.adapters.acting import Acting
 from manyhats.engine.backends.cuda.adapters.segments import most_segments
+from manyhats.engine.backends.cuda.runtime import Runtime
+from manyhats.engine.backends.cuda.upload import Uploads
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.backends.plan import StepPlan
 
@@ -23,11 +27,15 @@ ROWS = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 512, 32), 512)
 """Numbers of rows that graphs are made for."""
 _LEAST_WIDTH = 64
 _LEAST_RANK = 16
-_MAX_SHAPES = 256
+MAX_SHAPES = 256
+"""That are known; half a megabyte each or so, which is not measured on a GPU."""
+_MAX_FAILED = 3
+"""Recordings, before no more is tried."""
 MAX_COPIES = 64
 """Blocks that a step of a graph may have copied."""
 _PARTS_OF_ROW = 16
-"""Parts of the attention that a graph has room for, times its rows."""
+_LEAST_PARTS = 1024
+"""Parts of the attention that a graph has room for: so many times its rows, and at least these."""
 _log = structlog.get_logger(__name__)
 
 
@@ -82,7 +90,7 @@ class Shape:
     @property
     def max_slots(self) -> int:
         """Parts of the attention."""
-        return _PARTS_OF_ROW * self.rows
+        return max(_PARTS_OF_ROW * self.rows, _LEAST_PARTS)
 
     def room(self, num_slots: int) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what a batch has, by name; ``num_slots`` adapters there may be."""
@@ -139,56 +147,73 @@ class Graphs:
     """The graphs of one model, by shape.
 
     A shape's first step is launched as it is, which compiles kernels; at its second the graph is recorded: decode steps
-    of the base model at the start, others as they come. What cannot be recorded goes on being launched.
+    of the base model at the start, others as they come. The shape that no step had for the longest makes room. What
+    cannot be recorded goes on being launched.
 
     Args:
         capture: records.
+        runtime: of the device.
 
     Attributes:
         num_replays: steps that were replayed.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, runtime: Runtime) -> None:
         self._capture = capture
+        self._runtime = runtime
         self._memory: tuple[object, ...] = ()
-        self._graphs: dict[Shape, Graph | None] = {}  # None: was launched once, or cannot be recorded
-        self._failed: set[Shape] = set()
+        self._shapes: OrderedDict[Shape, _Recorded] = OrderedDict()  # the longest unused first
+        self._num_failed = 0
         self.num_replays = 0
 
     def use(self, *memory: object) -> None:
         """Say what steps read and write besides the model's own; graphs of another are of no use."""
-        if (
-            any(one is not other for one, other in zip(memory, self._memory, strict=False))
-            or not self._memory
-        ):
+        is_same = len(memory) == len(self._memory)
+        if not is_same or any(one is not other for one, other in zip(memory, self._memory, strict=True)):
             self._memory = memory
-            self._graphs.clear()
-            self._failed.clear()
+            self._shapes.clear()
 
-    def has_room_for(self, shape: Shape) -> bool:
-        """Whether it is one of those known, or there is room for another."""
-        return shape in self._graphs or len(self._graphs) < _MAX_SHAPES
+    def uploads(self, shape: Shape) -> Uploads:
+        """Through which the steps of a shape get to the device, at addresses that stay."""
+        if shape not in self._shapes:
+            self._shapes[shape] = _Recorded(Uploads(self._runtime, 1))
+            while len(self._shapes) > MAX_SHAPES:
+                self._shapes.popitem(last=False)
+        self._shapes.move_to_end(shape)
+        return self._shapes[shape].uploads
 
     def run(self, shape: Shape, launch: Callable[[], None]) -> None:
-        """Launch a step, whose numbers are at the addresses that are this shape's."""
-        graph = self._graphs.get(shape)
-        if graph is None and shape in self._graphs and shape not in self._failed:
-            graph = self._recorded(shape, launch)
-        if graph is not None:
-            graph.replay()
-            self.num_replays += 1
+        """Launch a step, whose numbers went through the shape's uploads."""
+        recorded = self._shapes[shape]
+        if recorded.was_launched and recorded.graph is None and not recorded.has_failed:
+            self._record(recorded, launch)
+        recorded.was_launched = True
+        if recorded.graph is None:
+            launch()
             return
-        self._graphs.setdefault(shape, None)
-        launch()
+        recorded.graph.replay()
+        self.num_replays += 1
 
-    def _recorded(self, shape: Shape, launch: Callable[[], None]) -> Graph | None:
+    def _record(self, recorded: _Recorded, launch: Callable[[], None]) -> None:
+        recorded.has_failed = self._num_failed >= _MAX_FAILED
+        if recorded.has_failed:
+            return
         try:
-            graph = self._graphs[shape] = self._capture(launch)
+            recorded.graph = self._capture(launch)
         except RuntimeError as error:
-            self._failed.add(shape)
+            recorded.has_failed = True
+            self._num_failed += 1
             _log.warning("a step cannot be recorded as a graph and will go on being launched", exc_info=error)
-            return None
-        return graph
+
+
+@dataclass(slots=True, eq=False)
+class _Recorded:
+    """What there is of a shape."""
+
+    uploads: Uploads
+    graph: Graph | None = None
+    was_launched: bool = False
+    has_failed: bool = False
 
 
 class CapturingOnGpu:
@@ -203,16 +228,29 @@ class CapturingOnGpu:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, launch: Callable[[], None]) -> Graph:
         """Record."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                launch()
-            finally:
-                graph.capture_end()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                self._end_with(graph, launch)
+        except BaseException:
+            # What was begun in the pool may never be ended: others get another, and this one stays as it is.
+            self._failed.append(graph)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
+
+    def _end_with(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], None]) -> None:
+        try:
+            launch()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()

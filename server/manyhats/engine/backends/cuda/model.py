@@ -23,8 +23,10 @@ from manyhats.engine.backends.cuda.choosing.logits import (
     on_device,
 )
 from manyhats.engine.backends.cuda.ends import Ends
+from manyhats.engine.backends.cuda.failures import launching
 from manyhats.engine.backends.cuda.graphs import Capture, Graphs, Shape, decode_plan, decode_rows
 from manyhats.engine.backends.cuda.layers import Layers
+from manyhats.engine.backends.cuda.linears.tiles import ROW_BUCKETS
 from manyhats.engine.backends.cuda.runtime import Runtime
 from manyhats.engine.backends.cuda.self_test import check_experts, check_linears
 from manyhats.engine.backends.cuda.upload import Uploads
@@ -40,6 +42,8 @@ from manyhats.engine.progress import Progress
 
 _MAX_SLOTS = 2048
 """Parts of the attention that there is room for: longer contexts of more rows are not split."""
+_TOKENS = 4096
+"""By which the room for a vocabulary grows."""
 _COPYING = 64
 """Programs that copy blocks, for each layer."""
 
@@ -98,7 +102,7 @@ class CudaModel:
             architecture,
             self.weights.linears(),
             limits.max_rows,
-            limits.max_sequences,
+            limits.max_choices,
             _MAX_SLOTS,
             largest,
             device.torch,
@@ -107,9 +111,9 @@ class CudaModel:
         self._plans = Plans(architecture, self._lanes)
         self._runtime = device.runtime
         self._uploads = Uploads(device.runtime)
-        self._graphs = None if capture is None else Graphs(capture)
-        self._of_shapes: dict[Shape, Uploads] = {}
-        self._finishers = _Finishers(device.runtime, limits)
+        self._graphs = None if capture is None else Graphs(capture, device.runtime)
+        vocab_size = 0 if architecture.head is None else architecture.vocab_size
+        self._finishers = _Finishers(device.runtime, limits, vocab_size)
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
@@ -120,20 +124,35 @@ class CudaModel:
         """Compiles kernels, proves that linears are right and the model runs, and records the base's decode steps."""
         check_linears(self.weights.linears(), self._buffers.linear, self._limits.max_rows)
         check_experts(self.weights.experts(), self._limits.max_rows)
+        if self._runtime.device.type == "cuda":
+            torch.cuda.empty_cache()  # recorded steps have memory of their own
         run_one(self, cache, adapters, slot)
         if self._graphs is not None and self.architecture.head is not None:
             for rows in decode_rows(self._limits):
                 for _ in range(2):  # launched, then recorded
                     self.forward(decode_plan(rows), cache, adapters)
+            for rows in ROW_BUCKETS:  # whose linears are compiled apart
+                if rows <= self._limits.max_rows:
+                    self.forward(decode_plan(rows), cache, adapters)
+
+    def forget(self) -> None:
+        """Give back what belongs to a cache and slots that are gone."""
+        if self._graphs is not None:
+            self._graphs.use()
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, cache: CudaKVCache, adapters: CudaAdapterSlots) -> CudaLogits:
         """Launches a step, which writes its keys and values."""
-        shape = self._shape_of(plan, adapters)
-        if shape is not None and self._graphs is not None:
-            return self._replayed(self._graphs, shape, plan, cache, adapters)
-        sent = self._plans.send(plan, adapters, self._uploads)
-        batch = sent.batch()
+        if plan.num_rows > self._limits.max_rows:
+            raise ValueError(f"a step of {plan.num_rows} rows, and memory for {self._limits.max_rows}")
+        with launching(self._runtime):
+            shape = self._shape_of(plan, adapters)
+            if shape is not None and self._graphs is not None:
+                return self._replayed(self._graphs, shape, plan, cache, adapters)
+            return self._launched(plan, cache, adapters)
+
+    def _launched(self, plan: StepPlan, cache: CudaKVCache, adapters: CudaAdapterSlots) -> CudaLogits:
+        batch = self._plans.send(plan, adapters, self._uploads).batch()
         self._copy_blocks(plan, batch, cache)
         stream = self._stream(batch, cache)
         hidden = self._ends.hidden(batch, stream)
@@ -147,7 +166,7 @@ class CudaModel:
         if self._graphs is None or self.architecture.head is None:
             return None
         shape = Shape.of(plan, adapters.acting(AdapterRows.of(plan.row_slots)))
-        if shape is None or shape.rows > self._limits.max_rows or not self._graphs.has_room_for(shape):
+        if shape is None or shape.rows > self._limits.max_rows:
             return None
         return shape
 
@@ -160,11 +179,8 @@ class CudaModel:
         adapters: CudaAdapterSlots,
     ) -> CudaLogits:
         graphs.use(cache, adapters)
-        uploads = self._of_shapes.get(shape)
-        if uploads is None:
-            uploads = self._of_shapes[shape] = Uploads(self._runtime)
         spare_cell = cache.spare_block * cache.block_size
-        sent = self._plans.send_padded(plan, adapters, uploads, shape, spare_cell)
+        sent = self._plans.send_padded(plan, adapters, graphs.uploads(shape), shape, spare_cell)
         if plan.block_copies:
             self._copy_blocks(plan, sent.batch(), cache)
 
@@ -193,28 +209,37 @@ class CudaModel:
 
 
 class _Finishers:
-    """One for each size of vocabulary, since its scratch memory is made for that."""
+    """What chooses from logits; its scratch memory grows with the largest vocabulary of a task.
 
-    def __init__(self, runtime: Runtime, limits: Limits) -> None:
-        self._runtime = runtime
+    Args:
+        runtime: of the device.
+        limits: of steps.
+        vocab_size: of the base; 0 for an encoder.
+    """
+
+    def __init__(self, runtime: Runtime, limits: Limits, vocab_size: int) -> None:
+        self.runtime = runtime
         self._limits = limits
-        self._by_size: dict[int, Finisher] = {}
+        self._capacity = max(1, vocab_size)
+        self._finisher = self._new()
         self.uploads = Uploads(runtime)
 
     def of(self, vocab_size: int) -> Finisher:
-        """Made when it is first asked for."""
-        if vocab_size not in self._by_size:
-            limits = self._limits
-            choosing = Choosing(
-                self._runtime.device, limits.max_rows, limits.max_sequences, max(1, vocab_size)
-            )
-            self._by_size[vocab_size] = Finisher(choosing, self._runtime)
-        return self._by_size[vocab_size]
+        """For logits of so many columns."""
+        if vocab_size > self._capacity:
+            self._capacity = -(-vocab_size // _TOKENS) * _TOKENS
+            self._finisher = self._new()  # steps in flight have the one before
+        return self._finisher
+
+    def _new(self) -> Finisher:
+        limits = self._limits
+        choosing = Choosing(self.runtime.device, limits.max_rows, limits.max_choices, self._capacity)
+        return Finisher(choosing, self.runtime)
 
     @property
     def num_bytes(self) -> int:
-        """Of their scratch memory."""
-        return sum(each.choosing.num_bytes for each in self._by_size.values())
+        """Of the scratch memory."""
+        return self._finisher.choosing.num_bytes
 
 
 class CudaLogits:
@@ -245,6 +270,10 @@ class CudaLogits:
     @torch.inference_mode()
     def finish(self, wants: Wants) -> DevicePending | PendingParts:
         """Launch what is wanted."""
+        with launching(self._finishers.runtime):
+            return self._finish(wants)
+
+    def _finish(self, wants: Wants) -> DevicePending | PendingParts:
         if not self._own:
             pending, tokens = self._launched(self.values, wants)
             self._chosen[: tokens.numel()].copy_(tokens)

@@ -20,6 +20,7 @@ from manyhats.engine.backends.cuda.linears.tiles import ROW_BUCKETS
 from manyhats.engine.errors import ModelError
 
 _NUM_ROWS = 20
+_OUTPUTS = 4096
 _MAX_ERROR = 0.01
 """Of results rounded to bfloat16, relative to the largest."""
 
@@ -56,6 +57,8 @@ def _check(weights: CudaLinear, workspace: LinearWorkspace, max_rows: int) -> No
     for size in _sizes(count, max_rows):
         among = torch.cat((_rows(size - count, weights), x))
         _check_bits(weights, _product(among, weights, workspace)[size - count :], alone, size)
+        rounded = _product(among, weights, workspace, torch.bfloat16)[size - count :]
+        _check_bits(weights, rounded, alone.bfloat16(), size)
 
 
 def _check_experts(experts: ExpertLinears, max_rows: int) -> None:
@@ -68,13 +71,18 @@ def _check_experts(experts: ExpertLinears, max_rows: int) -> None:
 
 
 def _check_values(weights: CudaLinear, x: Tensor, found: Tensor) -> None:
-    right = x.float() @ _dense(weights).float().T
-    if weights.bias is not None:
-        right += weights.bias
-    if not bool(((found - right).abs().max() <= _MAX_ERROR * right.abs().max()).item()):
-        raise ModelError(
-            f"this GPU multiplies wrongly by a linear of {_name_of(weights)}; give --invariance fast, and report it"
-        )
+    """A part of the outputs at a time: a head in float32 would take gigabytes that the KV cache has by now."""
+    dense, bias = _dense(weights), weights.bias
+    for first in range(0, weights.out_features, _OUTPUTS):
+        part = slice(first, first + _OUTPUTS)
+        right = x.float() @ dense[part].float().T
+        if bias is not None:
+            right += bias[part]
+        off = (found[:, part] - right).abs().max()
+        if not bool((off <= _MAX_ERROR * right.abs().max()).item()):
+            raise ModelError(
+                f"this GPU multiplies wrongly by a linear of {_name_of(weights)}; give --invariance fast, and report it"
+            )
 
 
 def _check_bits(weights: CudaLinear, found: Tensor, alone: Tensor, num_rows: int) -> None:
@@ -118,8 +126,10 @@ def _device_of(weights: CudaLinear) -> torch.device:
     return weights.weight.device if isinstance(weights, DenseLinear) else weights.packed.device
 
 
-def _product(x: Tensor, weights: CudaLinear, workspace: LinearWorkspace) -> Tensor:
-    y = torch.empty(x.shape[0], weights.out_features, device=x.device)
+def _product(
+    x: Tensor, weights: CudaLinear, workspace: LinearWorkspace, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    y = torch.empty(x.shape[0], weights.out_features, dtype=dtype, device=x.device)
     linear(x, weights, y, workspace)
     return y
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyhats.engine.backends.cuda.adapters.packed import PackedAdapter
 from manyhats.engine.backends.cuda.arena import Arena, Region, aligned
+from manyhats.engine.backends.cuda.failures import reported
 from manyhats.engine.backends.cuda.runtime import Runtime
 
 COPY_BYTES = 8 * 1024 * 1024
@@ -86,7 +87,8 @@ class ArenaMemory:
                 assert slot not in self._regions, "a slot is cleared before it is used again"
                 region = self._arena.allocate(packed.numbers.numel())
             try:
-                self._copy(slot, packed, region)
+                with reported():
+                    self._copy(slot, packed, region)
             except BaseException:
                 with self._lock:
                     self._arena.free(region)

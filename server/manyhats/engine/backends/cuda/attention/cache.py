@@ -76,11 +76,16 @@ class CudaKVCache:
         """Rounds keys and values [L, P, Hkv, K] into cells 0 … P − 1 of the blocks."""
         cells = self._cells_of(blocks, keys.shape[1])
         for given, stored in ((keys, self.keys), (values, self.values)):
-            rounded = given.to(stored.dtype).to(stored.device, non_blocking=True)
+            rounded = self._sent(given.to(stored.dtype))
             stored.flatten(1, 2).index_copy_(1, cells, rounded)
 
     def _cells_of(self, blocks: Sequence[int], count: int) -> Tensor:
         """The first ``count`` cells of blocks in order: int64 on the cache's device."""
         index = torch.arange(count)
         cells = torch.tensor(blocks)[index // self.block_size] * self.block_size + index % self.block_size
-        return cells.to(self.keys.device, non_blocking=True)
+        return self._sent(cells)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """From the host, which waits for nothing if the memory is pinned."""
+        device = self.keys.device
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -161,8 +161,11 @@ def _are_split(tiles: Ints, num_lanes: int, max_slots: int) -> Flags:
     counts = _num_splits(tiles).astype(np.int64)
     is_long: Flags = (counts > 1) & (counts * _EVEN * num_lanes > counts.sum())
     order = np.argsort(-counts, kind="stable")
-    slots = np.cumsum(np.where(is_long, counts * tiles[:, _ROWS], 0)[order])
-    is_long[order] &= slots <= max_slots
+    left = max_slots
+    for tile in order[is_long[order]].tolist():
+        size = int(counts[tile] * tiles[tile, _ROWS])
+        is_long[tile] = size <= left
+        left -= size if size <= left else 0
     return is_long
 
 

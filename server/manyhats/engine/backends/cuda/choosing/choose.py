@@ -57,7 +57,7 @@ class Choosing:
         device: where.
         max_rows: the most rows of logits.
         max_choices: the most of them that choose.
-        vocab_size: V, at most ``MAX_VOCAB_SIZE``.
+        vocab_size: the largest V, at most ``MAX_VOCAB_SIZE``.
         tiles: how programs go through a row.
 
     Raises:
@@ -77,20 +77,24 @@ class Choosing:
         self._max_rows = max_rows
         self._max_choices = max_choices
         self._tiles = tiles or Tiles()
-        self.num_parts = -(-vocab_size // self._tiles.part)
+        num_parts = self.num_parts(vocab_size)
 
         def scratch(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         lines = max_rows + max_choices
-        self._largest = scratch(torch.float32, lines, self.num_parts)
-        self._first = scratch(torch.int32, lines, self.num_parts)
-        self._totals = scratch(torch.float32, lines, self.num_parts)
+        self._largest = scratch(torch.float32, lines, num_parts)
+        self._first = scratch(torch.int32, lines, num_parts)
+        self._totals = scratch(torch.float32, lines, num_parts)
         self._changed = scratch(torch.float32, max_choices, vocab_size)
-        self._counts = scratch(torch.int32, max_choices, EDGES.value, self.num_parts)
-        self._masses = scratch(torch.int64, max_choices, EDGES.value, self.num_parts)
+        self._counts = scratch(torch.int32, max_choices, EDGES.value, num_parts)
+        self._masses = scratch(torch.int64, max_choices, EDGES.value, num_parts)
         self._list_values = scratch(torch.float32, max_choices, self._tiles.listed)
         self._list_ids = scratch(torch.int32, max_choices, self._tiles.listed)
+
+    def num_parts(self, vocab_size: int) -> int:
+        """Programs that share a row of so many logits."""
+        return -(-vocab_size // self._tiles.part)
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +131,7 @@ class Choosing:
             raise ValueError(
                 f"{num_rows} rows and {at_most.choices} choices, of {self._max_rows} and {self._max_choices}"
             )
-        tiles, parts = self._tiles, self.num_parts
+        tiles, parts = self._tiles, self.num_parts(size)
         options = {"num_warps": tiles.num_warps, "enable_fp_fusion": False}
         spread = {"PART": tiles.part, "PARTS": triton.next_power_of_2(parts)}
         stats = (self._largest, self._first, self._totals)

@@ -13,6 +13,7 @@ from manyhats.engine.backends.cuda.choosing.choose import AtMost, Choosing
 from manyhats.engine.backends.cuda.choosing.outcome import outcome_of
 from manyhats.engine.backends.cuda.choosing.wanted import Bytes, Field, Found, Pairs, Upload
 from manyhats.engine.backends.cuda.exchange import Exchange, grown
+from manyhats.engine.backends.cuda.failures import reported
 from manyhats.engine.backends.cuda.runtime import Runtime
 from manyhats.engine.backends.wants import Outcome, Wants, check_ids
 
@@ -89,7 +90,8 @@ class DevicePending:
         """Wait for the outcome; nothing else does."""
         if self._outcome is None:
             read = partial(outcome_of, self.found, self._pairs)
-            self._outcome = self._finisher.collect(self._exchange, read)
+            with reported():
+                self._outcome = self._finisher.collect(self._exchange, read)
         return self._outcome
 
 
@@ -119,7 +121,7 @@ class DeviceLogits:
             check_ids(wants.targets.ids, vocab_size)
         finisher = self._finisher
         pairs = Pairs.of(wants, vocab_size)
-        num_parts = finisher.choosing.num_parts
+        num_parts = finisher.choosing.num_parts(vocab_size)
         found = Found.of(wants, pairs, (num_rows, num_parts), vocab_size, self._hidden_shape)
         upload = Upload.of(wants, pairs, found, num_rows, vocab_size)
         exchange = finisher.upload(upload)
