@@ -27,7 +27,7 @@ from benchmarks.gpu.goals import GOALS, NOT_MEASURED, table
 from benchmarks.gpu.measured import chosen, source
 from benchmarks.gpu.model import make_model
 from benchmarks.gpu.record import Found, Recorder, read
-from benchmarks.gpu.run import BUDGET_S, PARTS, Part, limit_of, run_parts
+from benchmarks.gpu.run import BUDGET_S, PARTS, Part, limit_of, main, run_parts
 from benchmarks.gpu.scale import CPU, GPU, TINY
 from benchmarks.gpu.stepping import Engine, open_launched, open_strict
 from torch import Tensor
@@ -205,6 +205,16 @@ def test_what_the_sanitizer_finds_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     found = {each["tool"]: each for each in out.found.of("sanitizer")}
     assert {tool: each["is_clean"] for tool, each in found.items()} == {"memcheck": True, "racecheck": False}
     assert found["racecheck"]["said"] == "this is racecheck\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_runs_and_the_reason_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "figures")]) == 1
+    assert "torch" in (said := capsys.readouterr().err)
+    assert "or give --cpu" in said
+    assert not (tmp_path / "figures").exists()
 
 
 def test_parts_end_alone(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +61,11 @@ _SHORTENED, _CUT = "E", "F"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it all; 0 unless a part failed."""
     options = _parse(arguments)
+    if not options.cpu and (problem := _problem()):
+        print(f"{problem}; or give --cpu, which tries everything without a GPU", file=sys.stderr)
+        return 1
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp(prefix="manyhats-gpu-"))
     options.out.mkdir(parents=True, exist_ok=True)
     scale = CPU if options.cpu else GPU
     if options.cpu:
@@ -74,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _problem() -> str:
+    """Why there is no GPU to measure; asked in another process, since this one's children must find it untouched."""
+    code = "from manyhats.engine.backends.open import report_gpu; print(report_gpu().problem)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [part.name for part in PARTS]
     lines = "\n".join(f"  {part.name}  {part.title} ({part.seconds:.0f} s)" for part in PARTS)
@@ -82,7 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=f"{__doc__}\n\nparts:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the figures go (a new directory)")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="(%(default).0f)")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=names, metavar="PART,…", help=",".join(names)
