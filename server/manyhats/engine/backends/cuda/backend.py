@@ -79,7 +79,11 @@ class CudaBackend:
         if self._model is None or self._device.torch.type != "cuda":
             raise ModelError("the KV cache needs a size: what is left is known of a GPU with a model alone")
         slots = self._slots(self._model.architecture, 1, 0)
-        return cache_bytes_left(self, self._model, slots, block_size, dtype, self._limits, self._device.torch)
+        num_bytes = cache_bytes_left(
+            self, self._model, slots, block_size, dtype, self._limits, self._device.torch
+        )
+        self._model.forget()
+        return num_bytes
 
     def _slots(self, architecture: Architecture, num_slots: int, num_bytes: int) -> CudaAdapterSlots:
         return CudaAdapterSlots(architecture, num_slots, num_bytes, LARGEST, self._device.runtime)
