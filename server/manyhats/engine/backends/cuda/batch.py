@@ -149,23 +149,29 @@ class Plans:
         self._lanes = lanes
         self._sees_all = architecture.attention.sees_all
 
-    def send(self, plan: StepPlan, slots: CudaAdapterSlots, uploads: Uploads) -> SentPlan:
-        """A step as it is."""
+    def send(self, plan: StepPlan, rows: AdapterRows, slots: CudaAdapterSlots, uploads: Uploads) -> SentPlan:
+        """A step as it is; ``rows`` are those with an adapter."""
         head_rows, own = slots.by_vocabulary(AdapterRows.of(plan.row_slots[plan.logit_rows]))
-        groups = {"adapters": AdapterRows.of(plan.row_slots), "head": head_rows}
+        groups = {"adapters": rows, "head": head_rows}
         groups |= {f"own{index}": _renumbered(each) for index, (each, _) in enumerate(own)}
         arrays = self._arrays(plan, groups, self._lanes.max_slots)
         for index, (each, _) in enumerate(own):
             arrays[f"index{index}"] = each.rows
-        acting = {name: slots.acting(rows) for name, rows in groups.items()}
+        acting = {name: slots.acting(group) for name, group in groups.items()}
         there = uploads.send(arrays)
         return SentPlan(plan.num_rows, there, slots.records, acting, own, tuple(self._kinds))
 
     def send_padded(
-        self, plan: StepPlan, slots: CudaAdapterSlots, uploads: Uploads, shape: Shape, spare_cell: int
+        self,
+        plan: StepPlan,
+        rows: AdapterRows,
+        slots: CudaAdapterSlots,
+        uploads: Uploads,
+        shape: Shape,
+        spare_cell: int,
     ) -> SentPlan:
         """A step in the room of a shape; the rows that only fill it up write to the spare cell."""
-        groups = {"adapters": AdapterRows.of(plan.row_slots), "head": NO_ADAPTER_ROWS}
+        groups = {"adapters": rows, "head": NO_ADAPTER_ROWS}
         arrays = self._arrays(plan, groups, min(shape.max_slots, self._lanes.max_slots))
         padding = np.full(shape.rows - plan.num_rows, spare_cell, np.int64)
         arrays["cells"] = np.concatenate((plan.cells, padding))

@@ -146,13 +146,16 @@ class CudaModel:
         if plan.num_rows > self._limits.max_rows:
             raise ValueError(f"a step of {plan.num_rows} rows, and memory for {self._limits.max_rows}")
         with launching(self._runtime):
-            shape = self._shape_of(plan, adapters)
+            rows = AdapterRows.of(plan.row_slots)
+            shape = self._shape_of(plan, rows, adapters)
             if shape is not None and self._graphs is not None:
-                return self._replayed(self._graphs, shape, plan, cache, adapters)
-            return self._launched(plan, cache, adapters)
+                return self._replayed(self._graphs, shape, plan, rows, cache, adapters)
+            return self._launched(plan, rows, cache, adapters)
 
-    def _launched(self, plan: StepPlan, cache: CudaKVCache, adapters: CudaAdapterSlots) -> CudaLogits:
-        batch = self._plans.send(plan, adapters, self._uploads).batch()
+    def _launched(
+        self, plan: StepPlan, rows: AdapterRows, cache: CudaKVCache, adapters: CudaAdapterSlots
+    ) -> CudaLogits:
+        batch = self._plans.send(plan, rows, adapters, self._uploads).batch()
         self._copy_blocks(plan, batch, cache)
         stream = self._stream(batch, cache)
         hidden = self._ends.hidden(batch, stream)
@@ -161,11 +164,11 @@ class CudaModel:
         found, own = self._ends.logits(batch, stream, self.architecture.head)
         return self._logits(found, hidden, own)
 
-    def _shape_of(self, plan: StepPlan, adapters: CudaAdapterSlots) -> Shape | None:
+    def _shape_of(self, plan: StepPlan, rows: AdapterRows, adapters: CudaAdapterSlots) -> Shape | None:
         """Of the graph that a step may use."""
         if self._graphs is None or self.architecture.head is None:
             return None
-        shape = Shape.of(plan, adapters.acting(AdapterRows.of(plan.row_slots)))
+        shape = Shape.of(plan, adapters.acting(rows))
         if shape is None or shape.rows > self._limits.max_rows:
             return None
         return shape
@@ -175,12 +178,13 @@ class CudaModel:
         graphs: Graphs,
         shape: Shape,
         plan: StepPlan,
+        rows: AdapterRows,
         cache: CudaKVCache,
         adapters: CudaAdapterSlots,
     ) -> CudaLogits:
         graphs.use(cache, adapters)
         spare_cell = cache.spare_block * cache.block_size
-        sent = self._plans.send_padded(plan, adapters, graphs.uploads(shape), shape, spare_cell)
+        sent = self._plans.send_padded(plan, rows, adapters, graphs.uploads(shape), shape, spare_cell)
         if plan.block_copies:
             self._copy_blocks(plan, sent.batch(), cache)
 
