@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,3 +81,18 @@ def _replace(methods: dict[str, Any]) -> None:
             setattr(Tensor, name, method)
         elif name in Tensor.__dict__:
             delattr(Tensor, name)
+
+
+def guard(monkeypatch: pytest.MonkeyPatch, model: type, logits: type) -> list[str]:
+    """Has a model's ``forward`` and its logits' ``finish`` run where nothing may wait; what was launched."""
+    launched: list[str] = []
+    for owner, name in ((model, "forward"), (logits, "finish")):
+        launch = getattr(owner, name)
+
+        def under_guard(*args: Any, launch: Any = launch, name: str = name) -> Any:
+            launched.append(name)
+            with no_sync():
+                return launch(*args)
+
+        monkeypatch.setattr(owner, name, under_guard)
+    return launched

@@ -16,7 +16,7 @@ from manyhats.engine.backends.cuda.model import CudaLogits, CudaModel
 from manyhats.engine.backends.limits import Limits
 from manyhats.engine.request import ResponseOptions, SamplingParams
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
-from support.gpu.no_sync import may_sync, no_sync
+from support.gpu.no_sync import guard, may_sync
 from support.gpu.recording import Recorder
 from support.harnesses.engine import (
     collect,
@@ -38,7 +38,6 @@ SAMPLINGS = (
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Launches under the guard, which the interpreter of kernels is free of; what was launched."""
-    launched: list[str] = []
     interpret = GridExecutor.__call__
 
     def freely(self: Any, *args: Any, **options: Any) -> Any:
@@ -46,16 +45,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return interpret(self, *args, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", freely)
-    for owner, name in ((CudaModel, "forward"), (CudaLogits, "finish")):
-        launch = getattr(owner, name)
-
-        def under_guard(*args: Any, launch: Any = launch, name: str = name) -> Any:
-            launched.append(name)
-            with no_sync():
-                return launch(*args)
-
-        monkeypatch.setattr(owner, name, under_guard)
-    return launched
+    return guard(monkeypatch, CudaModel, CudaLogits)
 
 
 def test_the_loop_runs_ahead_of_steps_and_waits_for_none(tmp_path: Path, guarded: list[str]) -> None:

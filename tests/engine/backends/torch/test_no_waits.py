@@ -19,7 +19,7 @@ from support.factories.adapterhub import make_adapterhub
 from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
-from support.gpu.no_sync import no_sync
+from support.gpu.no_sync import guard
 from support.harnesses.backends import batched_backend
 from support.harnesses.encoding import read_all
 from support.harnesses.engine import (
@@ -46,17 +46,7 @@ SAMPLINGS = (
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Launches under the guard; what was launched."""
-    launched: list[str] = []
-    for owner, name in ((BatchedModel, "forward"), (DeviceLogits, "finish")):
-        launch = getattr(owner, name)
-
-        def under_guard(*args: Any, launch: Any = launch, name: str = name) -> Any:
-            launched.append(name)
-            with no_sync():
-                return launch(*args)
-
-        monkeypatch.setattr(owner, name, under_guard)
-    return launched
+    return guard(monkeypatch, BatchedModel, DeviceLogits)
 
 
 def requests(records: list[Any]) -> list[Request]:
